@@ -1,0 +1,40 @@
+"""The VILA family of visual language models for transformers.
+
+Importing this package registers its classes, so that converted checkpoints load without `trust_remote_code`.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_vila import VilaConfig
+from .image_processing_vila import VilaImageProcessor
+from .modeling_vila import VilaForConditionalGeneration, VilaModel, VilaPreTrainedModel
+from .processing_vila import VilaProcessor
+
+AutoConfig.register("vila", VilaConfig, exist_ok=True)
+AutoImageProcessor.register(VilaConfig, image_processor_classes={"pil": VilaImageProcessor}, exist_ok=True)
+AutoProcessor.register(VilaConfig, VilaProcessor, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto_class.register(VilaConfig, VilaForConditionalGeneration, exist_ok=True)
+
+# a saved model or processor carries its own code, so that it loads where this package is not installed
+VilaConfig.register_for_auto_class()
+VilaForConditionalGeneration.register_for_auto_class("AutoModel")
+VilaImageProcessor.register_for_auto_class("AutoImageProcessor")
+VilaProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = [
+    "VilaConfig",
+    "VilaForConditionalGeneration",
+    "VilaImageProcessor",
+    "VilaModel",
+    "VilaPreTrainedModel",
+    "VilaProcessor",
+]

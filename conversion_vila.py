@@ -1,0 +1,280 @@
+"""Original checkpoint folders <-> folders that transformers loads. `vila-convert` on the command line.
+
+- By default no weight is copied: the new folder links to the original files, and an index names every weight.
+- `--copy` writes root shards, which serving engines read, in the memory of one shard.
+- `--to-original` goes back to `llm/`, `vision_tower/`, `mm_projector/` for tools that know only that layout.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from transformers import AddedToken, AutoModel, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from . import configuration_vila, modeling_vila, processing_vila
+from .chat_templates_vila import CONV_MODES, SENTINEL, choose_chat_template, stop_token_ids
+from .configuration_vila import ORIGINAL_CONFIG_KEYS, VilaConfig
+from .original_config_vila import to_image_processor, to_original_configs, to_vila_config
+from .processing_vila import VilaProcessor
+from .weight_files_vila import (
+    Shard,
+    copy_to_root,
+    find_shards,
+    index_parts,
+    link_parts,
+    part_shards,
+    placed_names,
+    split_to_parts,
+)
+from .weight_names_vila import PART_PREFIXES
+
+BACKUP_FOLDER = "original_files"
+DEFAULT_MAX_NEW_TOKENS = 1024
+MODEL_CLASS = "modeling_vila.VilaForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_vila.VilaConfig",
+    "AutoModel": MODEL_CLASS,
+    "AutoModelForCausalLM": MODEL_CLASS,
+    "AutoModelForImageTextToText": MODEL_CLASS,
+    "AutoModelForMultimodalLM": MODEL_CLASS,
+}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "LICENSE*", "README.md"]
+
+
+def convert(
+    source: str | Path,
+    target: str | Path | None = None,
+    *,
+    conv_mode: str = "auto",
+    copy: bool = False,
+    in_place: bool = False,
+) -> Path:
+    """Makes an original VILA checkpoint loadable with `AutoModel.from_pretrained`.
+
+    Args:
+        source: folder or Hub id in the research layout (`llm/`, `vision_tower/`, `mm_projector/`) or the remote-code
+            layout (the same folders with other code).
+        target: new folder; by default the source's name with `-hf` in the current directory.
+        conv_mode: chat template, one of `CONV_MODES`; `"auto"` takes the tokenizer's, for Llama models the one of
+            VILA-1.5.
+        copy: write self-contained root shards instead of links.
+        in_place: write into the source; every file that would be overwritten is saved in `original_files/` first.
+
+    Returns:
+        The folder that loads.
+
+    Raises:
+        ValueError, FileNotFoundError: if the source is not an original checkpoint or not complete; nothing is written.
+        FileExistsError: if the target exists and is not empty.
+    """
+    source = resolve_source(source)
+    root = read_root_config(source)
+    shards = part_shards(source)
+    if in_place:
+        if target is not None or copy:
+            raise ValueError("--in-place takes neither a target nor --copy")
+        target = source
+    else:
+        target = Path(target) if target is not None else Path(source.name + "-hf")
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise FileExistsError(f"{target} exists and is not empty")
+    with tempfile.TemporaryDirectory() as staging_name:
+        staging = Path(staging_name)
+        write_metadata(source, root, staging, conv_mode, DTYPES.get(shards["llm"][0].dtype, "float32"))
+        if not copy:
+            index_parts(shards, staging)
+        target.mkdir(parents=True, exist_ok=True)
+        place_files(staging, target)
+    if copy:
+        copy_to_root(shards, target)
+    elif not in_place:
+        link_parts(shards, target)
+    return target
+
+
+def resolve_source(source: str | Path) -> Path:
+    """A local folder, or the snapshot of a Hub repository; a sub-folder `model/` is entered."""
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise FileNotFoundError(f"{str(source)!r} is neither a folder nor a repository on the Hub") from error
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+def read_root_config(source: Path) -> dict[str, Any]:
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has no config.json")
+    root = json.loads((source / "config.json").read_text())
+    if "text_config" in root:
+        raise ValueError(f"{source} is already converted")
+    if root.get("model_type") not in ("llava_llama", "vila"):
+        raise ValueError(f"config.json: model_type {root.get('model_type')!r} is no VILA-1.5 or NVILA checkpoint")
+    return root
+
+
+def read_part_configs(source: Path, root: dict[str, Any]) -> list[dict[str, Any]]:
+    """Configs of the three parts, from their folders or, if one has none, from the root config."""
+    configs = []
+    for part, key in zip(PART_PREFIXES, ORIGINAL_CONFIG_KEYS):
+        path = source / part / "config.json"
+        config = json.loads(path.read_text()) if path.is_file() else root.get(key)
+        if not isinstance(config, dict):
+            raise FileNotFoundError(f"{part}/config.json is missing")
+        configs.append(config)
+    return configs
+
+
+def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: str, dtype: str) -> None:
+    """Everything but the weights: configs, tokenizer, chat template and the modules that `auto_map` reaches."""
+    llm, tower, projector = read_part_configs(source, root)
+    tokenizer = load_tokenizer(source / "llm")
+    template = choose_chat_template(conv_mode, tokenizer, llm.get("model_type"), source, root)
+    tokenizer.chat_template = template
+    config = to_vila_config(
+        root,
+        llm,
+        tower,
+        projector,
+        image_token_id=tokenizer.convert_tokens_to_ids(VilaProcessor.image_token),
+        video_token_id=tokenizer.convert_tokens_to_ids(VilaProcessor.video_token),
+    )
+    config.architectures, config.dtype, config.auto_map = ["VilaForConditionalGeneration"], dtype, AUTO_MAP
+    preprocessor = json.loads((source / "vision_tower" / "preprocessor_config.json").read_text())
+    processor = VilaProcessor(
+        to_image_processor(root, preprocessor, config),
+        tokenizer,
+        chat_template=template,
+        num_tile_tokens=config.num_tile_tokens,
+        s2_output_scale=config.s2_resize_output_to_scale_idx,
+        **encoder_tokens(root.get("image_encoder")),
+    )
+    processor.save_pretrained(target)
+    config.save_pretrained(target)
+    GenerationConfig(
+        eos_token_id=stop_token_ids(template, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
+        suppress_tokens=[config.image_token_id, config.video_token_id],
+    ).save_pretrained(target)
+    for module in (modeling_vila, processing_vila, configuration_vila):
+        for file in [module.__file__, *get_relative_import_files(module.__file__)]:
+            shutil.copy(file, target)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer with the media tokens, in the order that gives the original's ids."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "llm" if (folder / "llm").is_dir() else folder)
+    media_tokens = (SENTINEL, VilaProcessor.image_token, VilaProcessor.video_token)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in media_tokens])
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encoder_tokens(encoder: str | dict[str, Any] | None) -> dict[str, str | None]:
+    """Start and end tokens of an `image_encoder` entry, which is a JSON string or a dictionary."""
+    options = json.loads(encoder) if isinstance(encoder, str) else encoder or {}
+    return {
+        "image_start_tokens": options.get("start_tokens"),
+        "image_end_tokens": options.get("end_tokens", "\n"),
+    }
+
+
+def place_files(staging: Path, target: Path) -> None:
+    """Moves all staged files into `target`; a different file of the same name is saved in `original_files/` first."""
+    for file in sorted(staging.iterdir()):
+        old = target / file.name
+        if old.exists() and old.read_bytes() != file.read_bytes():
+            backup = target / BACKUP_FOLDER / file.name
+            backup.parent.mkdir(exist_ok=True)
+            if not backup.exists():
+                shutil.copy2(old, backup)
+        if old.is_symlink():
+            old.unlink()  # a link into the Hub cache: replace the link, leave the cached file alone
+        shutil.copy2(file, old)
+
+
+def to_original(source: str | Path, target: str | Path) -> Path:
+    """Writes a folder of this package in the research layout.
+
+    Tower layers that VILA does not use, and which a fine-tuned checkpoint therefore lacks, are written as zeros, so that
+    readers that select the tower's second-to-last layer by number find it.
+
+    Raises:
+        ValueError: if the source is not a folder of this package.
+        FileExistsError: if the target exists and is not empty.
+    """
+    source, target = Path(source), Path(target)
+    config_file = source / "config.json"
+    if not config_file.is_file() or json.loads(config_file.read_text()).get("model_type") != "vila":
+        raise ValueError(f"{source} is no converted VILA checkpoint")
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} exists and is not empty")
+    config = VilaConfig.from_pretrained(source)
+    processor = VilaProcessor.from_pretrained(source)
+    shards = find_shards(source)
+    for part in PART_PREFIXES:
+        (target / part).mkdir(parents=True)
+    for name, content in to_original_configs(config, processor.image_processor).items():
+        (target / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
+    processor.tokenizer.padding_side = "right"
+    processor.tokenizer.save_pretrained(target / "llm")
+    GenerationConfig.from_pretrained(source).save_pretrained(target / "llm")
+    split_to_parts(shards, target, {"vision_tower": missing_tower_tensors(config, shards)})
+    return target
+
+
+def missing_tower_tensors(config: VilaConfig, shards: list[Shard]) -> dict[str, torch.Tensor]:
+    """Zeros for the tower weights that the checkpoint lacks: layers behind the selected one, final norm, head."""
+    with torch.device("meta"):
+        tower = AutoModel.from_config(config.vision_config)
+    present = {name for shard in shards for part, name in placed_names(shard).values() if part == "vision_tower"}
+    dtype = getattr(torch, DTYPES[shards[0].dtype])
+    expected = {f"vision_model.{name}": weight.shape for name, weight in tower.state_dict().items()}
+    return {name: torch.zeros(shape, dtype=dtype) for name, shape in expected.items() if name not in present}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="vila-convert", description=__doc__.split("\n")[0])
+    parser.add_argument("source", metavar="SRC", help="original folder or Hub id; with --to-original a converted folder")
+    parser.add_argument("target", metavar="DST", nargs="?", help="new folder (default: name of SRC with -hf)")
+    parser.add_argument("--conv-mode", choices=CONV_MODES, default="auto", help="chat template (default: %(default)s)")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--copy", action="store_true", help="write self-contained root shards instead of links")
+    way.add_argument("--in-place", action="store_true", help="convert inside SRC; overwritten files are saved first")
+    way.add_argument("--to-original", action="store_true", help="write the research layout from a converted folder")
+    options = parser.parse_args(arguments)
+    try:
+        if options.to_original:
+            if options.target is None:
+                parser.error("--to-original needs DST")
+            folder = to_original(options.source, options.target)
+        else:
+            folder = convert(
+                options.source,
+                options.target,
+                conv_mode=options.conv_mode,
+                copy=options.copy,
+                in_place=options.in_place,
+            )
+    except (OSError, ValueError) as error:
+        sys.exit(f"vila-convert: {error}")
+    sys.stdout.write(f"{folder}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Where pictures are cut and how many tokens they become: plain functions on integers.
+
+The image processor cuts with these functions, the processor counts with them and the model merges with them, so that
+the three cannot disagree. Sizes are in pixels unless a name says tokens or patches; a grid counts tiles.
+
+- A *tile* is one square the vision tower sees, a *thumbnail* the whole picture squeezed into one tile (NVILA §3.1,
+  https://arxiv.org/abs/2412.04468).
+- *S2* runs the tower on several scales of a picture and concatenates the channels (https://arxiv.org/abs/2403.13043);
+  *dynamic S2* replaces the largest scale by a grid that fits the picture's aspect ratio (NVILA §3.1).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class TileGrid(NamedTuple):
+    """Rows and columns of tiles; `(1, 1)` is a picture that was not cut."""
+
+    rows: int
+    cols: int
+
+    @property
+    def area(self) -> int:
+        return self.rows * self.cols
+
+
+class Box(NamedTuple):
+    """A crop box in pixels, in the order that `PIL.Image.crop` takes."""
+
+    left: int
+    upper: int
+    right: int
+    lower: int
+
+
+@lru_cache(maxsize=64)
+def tile_grid_candidates(min_tiles: int, max_tiles: int) -> tuple[TileGrid, ...]:
+    """All grids of `min_tiles` to `max_tiles` tiles, smaller ones first.
+
+    Grids of equal area keep the iteration order of a set of `(cols, rows)` tuples, since ties between equally good
+    aspect ratios are broken by position and the released checkpoints were trained with that order.
+    """
+    if not 1 <= min_tiles <= max_tiles:
+        raise ValueError(f"need 1 <= min_tiles <= max_tiles, got min_tiles={min_tiles} and max_tiles={max_tiles}")
+    sizes = {
+        (cols, rows)
+        for longest in range(min_tiles, max_tiles + 1)
+        for cols in range(1, longest + 1)
+        for rows in range(1, longest + 1)
+        if min_tiles <= cols * rows <= max_tiles
+    }
+    return tuple(TileGrid(rows, cols) for cols, rows in sorted(sizes, key=lambda size: size[0] * size[1]))
+
+
+def choose_tile_grid(width: int, height: int, tile_size: int, min_tiles: int, max_tiles: int) -> TileGrid:
+    """The grid whose aspect ratio is nearest to the picture's.
+
+    Of equally near grids a later, larger one is taken only if the picture has more than half of its pixels, so that
+    small square pictures are not blown up.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"a picture needs at least one pixel, got {width}x{height}")
+    aspect_ratio = width / height
+    best, best_difference = TileGrid(1, 1), math.inf
+    for grid in tile_grid_candidates(min_tiles, max_tiles):
+        difference = abs(aspect_ratio - grid.cols / grid.rows)
+        fills_half = width * height > 0.5 * tile_size * tile_size * grid.area
+        if difference < best_difference or (difference == best_difference and fills_half):
+            best, best_difference = grid, difference
+    return best
+
+
+def tile_boxes(grid: TileGrid, tile_size: int) -> list[Box]:
+    """Crop boxes of a picture already resized to the grid, row by row."""
+    return [
+        Box(col * tile_size, row * tile_size, (col + 1) * tile_size, (row + 1) * tile_size)
+        for row in range(grid.rows)
+        for col in range(grid.cols)
+    ]
+
+
+def square_padding(width: int, height: int) -> tuple[int, int, int]:
+    """`(side, left, upper)` of the square that a picture is centred on."""
+    side = max(width, height)
+    return side, (side - width) // 2, (side - height) // 2
+
+
+def scale_splits(scales: Sequence[int]) -> list[int]:
+    """Tiles per side of every scale of dynamic S2, e.g. `[448, 896, 1344] -> [1, 2, 3]`."""
+    return [scale // scales[0] for scale in scales]
+
+
+def min_dynamic_s2_tiles(scales: Sequence[int]) -> int:
+    """Tiles of the largest scale if it were square: the fewest that dynamic S2 chooses a grid from."""
+    return scale_splits(scales)[-1] ** 2
+
+
+def num_tiles(grid: TileGrid, scales: Sequence[int] | None = None) -> int:
+    """Tiles that one picture becomes.
+
+    Without `scales`: the grid plus a thumbnail if it was cut. With the `scales` of dynamic S2: the squares of the
+    smaller scales plus the grid of the largest; a picture that was not cut is one tile.
+    """
+    if scales is None:
+        return grid.area + (grid.area > 1)
+    if grid.area == 1:
+        return 1
+    return sum(splits**2 for splits in scale_splits(scales)[:-1]) + grid.area
+
+
+def output_blocks(grid: TileGrid, scales: Sequence[int], output_scale: int) -> TileGrid:
+    """Blocks that the merged map of a dynamic S2 picture is projected in: the grid of the scale it is resized to."""
+    splits = scale_splits(scales)
+    if grid.area == 1 or output_scale % len(splits) == len(splits) - 1:
+        return grid
+    return TileGrid(splits[output_scale], splits[output_scale])
+
+
+def num_image_tokens(grid: TileGrid, tile_tokens: int, scales: Sequence[int] | None = None, output_scale: int = 0) -> int:
+    """Feature rows that one picture becomes, without the tokens around it.
+
+    Args:
+        grid: how the picture was cut.
+        tile_tokens: rows of one tile (dynamic S2: of one block) after the projector.
+        scales, output_scale: of dynamic S2, else None.
+    """
+    blocks = num_tiles(grid) if scales is None else output_blocks(grid, scales, output_scale).area
+    return blocks * tile_tokens
+
+
+def crops_per_side(scale: int, max_split_size: int) -> int:
+    """Crops per side that one scale of static S2 is split into."""
+    return math.ceil(scale / max_split_size)
+
+
+def patches_per_side(image_size: int, patch_size: int) -> int:
+    """Patches per side of one tile; pixels beyond the last whole patch are dropped by the patch convolution."""
+    return image_size // patch_size
+
+
+def downsampled_side(side: int, factor: int) -> int:
+    """Tokens per side after the projector merges `factor` x `factor` patches, the map zero-padded where needed."""
+    return math.ceil(side / factor)
+
+
+def num_tile_tokens(side: int, downsample: int, class_tokens: int = 0) -> int:
+    """Tokens of one tile with `side` x `side` patches after the projector.
+
+    `class_tokens` (a CLIP class token that is kept) can only pass a projector that does not downsample.
+    """
+    if downsample == 1:
+        return side * side + class_tokens
+    if class_tokens:
+        raise ValueError("a projector that merges patches needs a square map: the class token must be dropped")
+    return downsampled_side(side, downsample) ** 2

@@ -1,0 +1,474 @@
+"""VILA-1.5, NVILA and LongVILA: a vision tower, a projector that merges patches, and a language model.
+
+- Tower and language model are transformers' own; only the tower layers that are used exist.
+- Static and dynamic S2 merge the maps of several scales between tower and projector.
+- `input_ids` already holds one placeholder per feature row: the model fills them in and counts nothing.
+- Placeholder ids may lie beyond the embedding table, which therefore never has to grow.
+
+Shape letters: N tiles, L tokens of a tile, D tower channels, S side of a map in patches, T tokens and H channels after
+the projector.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_vila import PLAIN_PROJECTOR, VilaConfig
+from .geometry_vila import TileGrid, crops_per_side, num_image_tokens, num_tiles, output_blocks, scale_splits
+from .weight_names_vila import PART_PREFIXES as PART_PREFIXES
+
+# Widths of the hidden layers as multiples of the tower's channels; the first is what space-to-channel gives.
+PROJECTOR_WIDTHS: dict[str, tuple[float, ...]] = {
+    "mlp_downsample": (4,),
+    "mlp_downsample_2x2_fix": (4,),
+    "mlp_downsample_3x3_fix": (9, 3),
+    "mlp_downsample_3x3_s2": (9, 3, 1, 1 / 3),
+    "mlp_downsample_3x3_s2_new": (9, 4, 2, 1, 1 / 3),
+}
+
+
+def to_map(features_NLD: torch.Tensor) -> torch.Tensor:
+    """`(N, S*S, D)` tokens of square maps -> `(N, S, S, D)`."""
+    side = int(features_NLD.shape[1] ** 0.5)
+    return features_NLD.unflatten(1, (side, side))
+
+
+def merge_blocks(maps_NSSD: torch.Tensor, grid: TileGrid) -> torch.Tensor:
+    """`(rows*cols, S, S, D)` maps in row-major order -> one `(rows*S, cols*S, D)` map."""
+    rows_of_maps = maps_NSSD.unflatten(0, grid)
+    return rows_of_maps.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def split_blocks(map_SSD: torch.Tensor, grid: TileGrid) -> torch.Tensor:
+    """Inverse of `merge_blocks`: one map -> `(rows*cols, S, S, D)`."""
+    blocks = map_SSD.unflatten(1, (grid.cols, -1)).unflatten(0, (grid.rows, -1))
+    return blocks.transpose(1, 2).flatten(0, 1)
+
+
+def concat_scales(maps: list[torch.Tensor], output_scale: int) -> torch.Tensor:
+    """Maps `(..., S_i, S_i, D)` of several scales -> one map with the channels of all, at the size of one of them."""
+    size = maps[output_scale].shape[-3:-1]
+    resized = []
+    for scale_map in maps:
+        batched = scale_map.reshape(-1, *scale_map.shape[-3:]).permute(0, 3, 1, 2)
+        # float32 as in S2-Wrapper: averaging in half precision would lose bits that the projector was trained on
+        pooled = F.interpolate(batched.float(), size=size, mode="area").to(scale_map.dtype)
+        resized.append(pooled.permute(0, 2, 3, 1).reshape(*scale_map.shape[:-3], *size, -1))
+    return torch.cat(resized, dim=-1)
+
+
+class VilaSpaceToChannel(nn.Module):
+    """Merges `factor` x `factor` patches into one token by concatenating their channels (NVILA §3.1, "compress")."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, features_NLD: torch.Tensor) -> torch.Tensor:
+        maps = to_map(features_NLD)
+        missing = -maps.shape[1] % self.factor
+        # a map that does not divide is padded with zeros at the bottom and the right
+        maps = F.pad(maps, (0, 0, 0, missing, 0, missing))
+        side = maps.shape[1] // self.factor
+        cells = maps.unflatten(2, (side, self.factor)).unflatten(1, (side, self.factor))
+        return cells.transpose(2, 3).flatten(3, 5).flatten(1, 2)
+
+
+class VilaMultiModalProjector(nn.Module):
+    """Tower features -> language model embeddings, `(N, L, D) -> (N, T, H)`.
+
+    The layers sit at the indices that the original checkpoints name them by.
+    """
+
+    def __init__(self, config: VilaConfig):
+        super().__init__()
+        channels, hidden = config.feature_size, config.text_config.hidden_size
+        kind = config.projector_type
+        if kind == "identity":
+            self.layers: nn.Module = nn.Identity()
+        elif kind == "linear":
+            self.layers = nn.Linear(channels, hidden)
+        elif match := PLAIN_PROJECTOR.fullmatch(kind):
+            modules: list[nn.Module] = [nn.Linear(channels, hidden)]
+            for _ in range(int(match.group(1)) - 1):
+                modules += [nn.GELU(), nn.Linear(hidden, hidden)]
+            self.layers = nn.Sequential(*modules)
+        else:
+            widths = [int(channels * multiple) for multiple in PROJECTOR_WIDTHS[kind]]
+            modules = [VilaSpaceToChannel(config.downsample_factor)]
+            for width, next_width in zip(widths, [*widths[1:], hidden]):
+                modules += [nn.LayerNorm(width), nn.Linear(width, next_width), nn.GELU()]
+            self.layers = nn.Sequential(*modules, nn.Linear(hidden, hidden))
+
+    def forward(self, features_NLD: torch.Tensor) -> torch.Tensor:
+        return self.layers(features_NLD)
+
+
+def build_vision_tower(config: VilaConfig) -> PreTrainedModel:
+    """The tower of `config.vision_config` without the layers, final norm and head behind the selected hidden state.
+
+    `last_hidden_state` of the result is the hidden state that `vision_feature_layer` names.
+    """
+    tower = AutoModel.from_config(config.vision_config)
+    layers = next(module for module in tower.encoder.children() if isinstance(module, nn.ModuleList))
+    del layers[config.num_vision_layers :]
+    for norm in ("post_layernorm", "layernorm"):
+        if hasattr(tower, norm):
+            setattr(tower, norm, nn.Identity())
+    if getattr(tower, "head", None) is not None:
+        tower.use_head, tower.head = False, None
+    return tower
+
+
+@dataclass
+class VilaModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    image_hidden_states: projected features of each picture, a list of `(tokens, hidden_size)` tensors.
+    """
+
+    image_hidden_states: list[torch.Tensor] | None = None
+
+
+@dataclass
+class VilaCausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss: next-token cross entropy, if `labels` were given.
+    logits: `(batch, kept positions, vocab_size)`.
+    image_hidden_states: projected features of each picture, a list of `(tokens, hidden_size)` tensors.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: list[torch.Tensor] | None = None
+
+
+class VilaPreTrainedModel(PreTrainedModel):
+    config: VilaConfig
+    config_class = VilaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+
+
+class VilaModel(VilaPreTrainedModel):
+    """VILA without the language modelling head."""
+
+    def __init__(self, config: VilaConfig):
+        super().__init__(config)
+        self.vision_tower = build_vision_tower(config)
+        self.multi_modal_projector = VilaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        unused_layers = "|".join(str(i) for i in range(config.num_vision_layers, config.vision_config.num_hidden_layers))
+        self._keys_to_ignore_on_load_unexpected = [r"vision_tower\.(post_layernorm|layernorm|head)\."]
+        if unused_layers:
+            self._keys_to_ignore_on_load_unexpected += [rf"vision_tower\.encoder\.layers?\.({unused_layers})\."]
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Encodes pictures.
+
+        Args:
+            pixel_values: `(N, 3, height, width)`, the tiles of all pictures one after the other.
+            image_grid_thw: `(pictures, 3)`, `(1, rows, columns)` of every picture's tile grid; by default every tile
+                is a picture of its own.
+
+        Returns:
+            Output whose `pooler_output` is a list with one `(tokens, hidden_size)` tensor per picture.
+
+        Raises:
+            ValueError: if the grids do not add up to the number of tiles.
+        """
+        grids = self._tile_grids(pixel_values, image_grid_thw)
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        if self.config.dynamic_s2:
+            features = self._encode_dynamic_s2(pixel_values, grids, **kwargs)
+        else:
+            chunks = pixel_values.split(self.config.vision_chunk_size)
+            encoded = torch.cat([self.multi_modal_projector(self._encode_tiles(c, **kwargs)) for c in chunks])
+            tiles = encoded.split([num_tiles(grid) for grid in grids])
+            features = [picture.flatten(0, 1) for picture in tiles]
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+    def _tile_grids(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None) -> list[TileGrid]:
+        if image_grid_thw is None:
+            return [TileGrid(1, 1)] * len(pixel_values)
+        grids = [TileGrid(rows, cols) for _, rows, cols in image_grid_thw.tolist()]
+        expected = sum(num_tiles(grid, self.config.dynamic_scales) for grid in grids)
+        if expected != len(pixel_values):
+            raise ValueError(f"image_grid_thw describes {expected} tiles, pixel_values holds {len(pixel_values)}")
+        return grids
+
+    def _run_tower(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """`(N, 3, height, width) -> (N, L, D)` at the tower's own resolution."""
+        features = self.vision_tower(pixel_values=pixel_values, **kwargs).last_hidden_state
+        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+
+    def _encode_tiles(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """One chunk of tiles -> what enters the projector; static S2 (S2-Wrapper) if the config says so."""
+        if not self.config.s2:
+            return self._run_tower(pixel_values, **kwargs)
+        maps = []
+        for scale in self.config.s2_scales:
+            scaled = F.interpolate(pixel_values.float(), size=(scale, scale), mode="bicubic", align_corners=False)
+            side = crops_per_side(scale, self.config.s2_max_split_size or self.config.s2_scales[0])
+            grid = TileGrid(side, side)
+            pictures = []
+            for picture in scaled.to(pixel_values.dtype):
+                crops = split_blocks(picture.permute(1, 2, 0), grid).permute(0, 3, 1, 2)
+                chunks = crops.split(self.config.vision_chunk_size)
+                crop_maps = to_map(torch.cat([self._run_tower(chunk, **kwargs) for chunk in chunks]))
+                pictures.append(merge_blocks(crop_maps, grid))
+            maps.append(torch.stack(pictures))
+        return concat_scales(maps, self.config.s2_resize_output_to_scale_idx).flatten(1, 2)
+
+    def _encode_dynamic_s2(
+        self, pixel_values: torch.Tensor, grids: list[TileGrid], **kwargs: Any
+    ) -> list[torch.Tensor]:
+        """All tiles of all pictures -> projected features per picture (NVILA §3.1, dynamic S2)."""
+        chunks = pixel_values.split(self.config.vision_chunk_size)
+        tiles_NLD = torch.cat([self._run_tower(chunk, **kwargs) for chunk in chunks])
+        features = []
+        for tiles, grid in zip(tiles_NLD.split([num_tiles(g, self.config.s2_scales) for g in grids]), grids):
+            blocks = output_blocks(grid, self.config.s2_scales, self.config.s2_resize_output_to_scale_idx)
+            merged = self._merge_dynamic_scales(to_map(tiles), grid)
+            # block by block, as in training: the projector's zero padding falls on every block's own edge
+            projected = self.multi_modal_projector(split_blocks(merged, blocks).flatten(1, 2))
+            features.append(merge_blocks(to_map(projected), blocks).flatten(0, 1))
+        return features
+
+    def _merge_dynamic_scales(self, maps_NSSD: torch.Tensor, grid: TileGrid) -> torch.Tensor:
+        """Tile maps of one picture, scale by scale -> one map with the channels of all scales."""
+        scales = self.config.s2_scales
+        if grid.area == 1:
+            return maps_NSSD[0].repeat(1, 1, len(scales))
+        splits = [TileGrid(k, k) for k in scale_splits(scales)[:-1]] + [grid]
+        per_scale = maps_NSSD.split([split.area for split in splits])
+        maps = [merge_blocks(scale_maps, split) for scale_maps, split in zip(per_scale, splits)]
+        return concat_scales(maps, self.config.s2_resize_output_to_scale_idx)
+
+    def get_placeholder_mask(self, input_ids: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor:
+        """`(batch, sequence)` mask of the image placeholders; as many as `features`, `(rows, hidden_size)`, has rows.
+
+        Raises:
+            ValueError: if the two counts differ.
+        """
+        if input_ids is None:
+            raise ValueError("pictures need `input_ids`: their placeholders cannot be found in `inputs_embeds`")
+        mask = input_ids == self.config.image_token_id
+        torch_compilable_check(
+            mask.sum() == features.shape[0],
+            lambda: f"input_ids has {int(mask.sum())} image placeholders, the pictures have {len(features)} features",
+        )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | VilaModelOutputWithPast:
+        """One pass over text and pictures.
+
+        Args:
+            input_ids: `(batch, sequence)` with one `config.image_token_id` per feature row.
+            pixel_values, image_grid_thw: see `get_image_features`.
+            mm_token_type_ids: accepted for engines that pass all processor outputs on; positions are one-dimensional,
+                so it has no effect.
+            mm_encoder_outputs: `{"image": output of get_image_features}` if the pictures were encoded beforehand.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if encoded is not None:
+                raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+            encoded = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_text(input_ids)
+        if encoded is not None:
+            features = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, features).to(inputs_embeds.device)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return VilaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=None if encoded is None else encoded.pooler_output,
+        )
+
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, with an arbitrary row at the placeholders: their ids need no row of their own."""
+        return self.get_input_embeddings()(input_ids.masked_fill(is_placeholder(input_ids, self.config), 0))
+
+
+class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
+    """VILA for answering, captioning and fine-tuning: text and pictures in, text out."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: VilaConfig):
+        super().__init__(config)
+        self.model = VilaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See `VilaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_token_type_ids: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | VilaCausalLMOutputWithPast:
+        """See `VilaModel.forward`.
+
+        Args:
+            labels: `(batch, sequence)` next-token targets; -100 and placeholder ids are ignored.
+            logits_to_keep: compute logits for the last that many positions only; 0 for all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            labels = labels.masked_fill(is_placeholder(labels, self.config), -100)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return VilaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`; with `past_key_values` of earlier turns, their pictures may be passed again.
+
+        A continued chat is processed as a whole, pictures of earlier turns included. What lies in the cache is not
+        encoded a second time.
+        """
+        input_ids = kwargs.get("input_ids", inputs)
+        cache = kwargs.get("past_key_values")
+        if input_ids is not None and kwargs.get("pixel_values") is not None and isinstance(cache, Cache):
+            kwargs |= self._drop_cached_pictures(
+                input_ids, cache.get_seq_length(), kwargs["pixel_values"], kwargs.get("image_grid_thw")
+            )
+        return super().generate(inputs, *args, **kwargs)
+
+    def _drop_cached_pictures(
+        self, input_ids: torch.Tensor, cached: int, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None
+    ) -> dict[str, torch.Tensor | None]:
+        """The pictures whose placeholders lie behind the first `cached` positions."""
+        placeholders = input_ids == self.config.image_token_id
+        if cached == 0 or cached >= input_ids.shape[1] or not placeholders[:, :cached].any():
+            return {}
+        grids = self.model._tile_grids(pixel_values, image_grid_thw)
+        new = list(self._pictures_behind(placeholders, cached, grids))
+        per_picture = pixel_values.split([num_tiles(grid, self.config.dynamic_scales) for grid in grids])
+        kept = [tiles for tiles, is_new in zip(per_picture, new) if is_new]
+        if not kept:
+            return {"pixel_values": None, "image_grid_thw": None}
+        kept_grids = None if image_grid_thw is None else image_grid_thw[torch.tensor(new, device=image_grid_thw.device)]
+        return {"pixel_values": torch.cat(kept), "image_grid_thw": kept_grids}
+
+    def _pictures_behind(
+        self, placeholders: torch.Tensor, cached: int, grids: list[TileGrid]
+    ) -> Iterator[bool]:
+        """For every picture, row by row, whether its placeholders start at position `cached` or later."""
+        config, sizes = self.config, iter(grids)
+        for row in placeholders:
+            total, inside = int(row.sum()), int(row[:cached].sum())
+            start = 0
+            while start < total:
+                grid = next(sizes, None)
+                if grid is None:
+                    raise ValueError(f"input_ids has more image placeholders than the {len(grids)} pictures")
+                end = start + num_image_tokens(
+                    grid, config.num_tile_tokens, config.dynamic_scales, config.s2_resize_output_to_scale_idx
+                )
+                if start < inside < end:
+                    raise ValueError("past_key_values ends inside a picture: it can only be continued between pictures")
+                yield start >= inside
+                start = end
+
+
+def is_placeholder(ids: torch.Tensor, config: VilaConfig) -> torch.Tensor:
+    """Mask of the ids that stand for media features."""
+    return (ids == config.image_token_id) | (ids == config.video_token_id)
+
+
+__all__ = ["VilaPreTrainedModel", "VilaModel", "VilaForConditionalGeneration"]

@@ -1,0 +1,195 @@
+"""Configurations of original VILA folders <-> this package's, as plain dictionaries.
+
+Original configs differ by age: every key may be missing, and unknown ones are kept in `original_options`.
+"""
+
+from typing import Any
+
+from .configuration_vila import VilaConfig, parse_scales
+from .image_processing_vila import VilaImageProcessor
+
+# keys that describe a training run or a file layout, not the model
+NOISE = {
+    "_name_or_path", "architectures", "auto_map", "chat_template", "drop_path_rate", "hidden_size", "llm_cfg",
+    "mm_hidden_size", "mm_projector_cfg", "mm_projector_lr", "model_dtype", "model_type", "resume_path",
+    "transformers_version", "torch_dtype", "dtype", "tune_language_model", "tune_mm_projector", "tune_vision_tower",
+    "version", "vision_tower_cfg", "vision_tower_lr",
+}  # fmt: skip
+SUB_CONFIG_NOISE = {
+    "_name_or_path", "_attn_implementation_autoset", "architectures", "auto_map", "torch_dtype", "dtype",
+    "transformers_version", "tokenizer_model_max_length", "tokenizer_padding_side", "model_max_length",
+}  # fmt: skip
+TRANSLATED = {
+    "dynamic_s2", "image_aspect_ratio", "max_tiles", "min_tiles", "mm_vision_select_feature", "mm_vision_select_layer",
+    "s2", "s2_max_split_size", "s2_resize_output_to_scale_idx", "s2_scales",
+}  # fmt: skip
+
+TOWER_TYPES = ("siglip_vision_model", "clip_vision_model")
+LANGUAGE_MODEL_TYPES = ("llama", "qwen2", "mistral")
+IMAGE_PROCESSOR_TYPES = {"siglip_vision_model": "SiglipImageProcessor", "clip_vision_model": "CLIPImageProcessor"}
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def to_vila_config(
+    root: dict[str, Any], llm: dict[str, Any], tower: dict[str, Any], projector: dict[str, Any], **ids: int
+) -> VilaConfig:
+    """Configs of the root and of the three folders -> `VilaConfig`.
+
+    Args:
+        ids: `image_token_id` and `video_token_id` of the tokenizer.
+
+    Raises:
+        ValueError: for a tower or language model that is not supported, or an option that makes no sense.
+    """
+    tower_type = tower.get("model_type")
+    if tower_type not in TOWER_TYPES:
+        raise ValueError(f"vision_tower/config.json: model_type {tower_type!r} is none of {', '.join(TOWER_TYPES)}")
+    if llm.get("model_type") not in LANGUAGE_MODEL_TYPES:
+        raise ValueError(
+            f"llm/config.json: model_type {llm.get('model_type')!r} is none of {', '.join(LANGUAGE_MODEL_TYPES)}"
+        )
+    if "mm_projector_type" not in projector:
+        raise ValueError("mm_projector/config.json: mm_projector_type is missing")
+    default_feature = "cls_patch" if tower_type == "siglip_vision_model" else "patch"
+    feature = root.get("mm_vision_select_feature") or default_feature
+    if feature not in ("cls_patch", "patch"):
+        raise ValueError(f"config.json: mm_vision_select_feature {feature!r} is neither 'cls_patch' nor 'patch'")
+    layer = root.get("mm_vision_select_layer")
+    scales = {}
+    if root.get("s2") or root.get("dynamic_s2"):
+        scales = {
+            "s2": bool(root.get("s2")) and not root.get("dynamic_s2"),
+            "dynamic_s2": bool(root.get("dynamic_s2")),
+            "s2_scales": parse_scales(root.get("s2_scales") or "336,672,1008"),
+            "s2_max_split_size": root.get("s2_max_split_size") or 336,
+            "s2_resize_output_to_scale_idx": root.get("s2_resize_output_to_scale_idx") or 0,
+        }
+    options = {key: value for key, value in root.items() if key not in NOISE | TRANSLATED and value is not None}
+    return VilaConfig(
+        text_config=without(llm, SUB_CONFIG_NOISE),
+        vision_config=without(tower, SUB_CONFIG_NOISE),
+        projector_type=projector["mm_projector_type"],
+        vision_feature_layer=-2 if layer is None else layer,
+        vision_feature_select_strategy="full" if feature == "cls_patch" else "default",
+        original_options=options,
+        **scales,
+        **ids,
+    )
+
+
+def to_image_processor(
+    root: dict[str, Any], preprocessor: dict[str, Any], config: VilaConfig
+) -> VilaImageProcessor:
+    """Root config and the tower's `preprocessor_config.json` -> image processor.
+
+    S2 replaces the tower's input size by the largest scale, dynamic S2 by the smallest.
+    """
+    mode = root.get("image_aspect_ratio", "resize")
+    options = {
+        key: preprocessor[key]
+        for key in ("image_mean", "image_std", "resample", "rescale_factor", "do_center_crop", "crop_size", "size")
+        if preprocessor.get(key) is not None
+    }
+    if preprocessor.get("image_processor_type", "").startswith("CLIP"):
+        options = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, **options}
+    if isinstance(options.get("size"), int):
+        options["size"] = {"height": options["size"], "width": options["size"]}
+    scale = config.s2_scales[-1] if config.s2 else config.s2_scales[0] if config.dynamic_s2 else None
+    if scale is not None:
+        keeps_aspect = "shortest_edge" in options.get("size", {})
+        options["size"] = {"shortest_edge": scale} if keeps_aspect else {"height": scale, "width": scale}
+        if options.get("crop_size"):
+            options["crop_size"] = {"height": scale, "width": scale}
+    tiling = {
+        key: root[key] for key in ("min_tiles", "max_tiles") if root.get(key) is not None
+    }
+    return VilaImageProcessor(
+        image_mode=mode if mode in ("resize", "pad", "dynamic", "dynamic_s2") else "plain",
+        s2_scales=config.dynamic_scales,
+        **tiling,
+        **options,
+    )
+
+
+def to_original_configs(config: VilaConfig, image_processor: VilaImageProcessor) -> dict[str, dict[str, Any]]:
+    """Inverse of the two functions above: file name -> content of an original folder's configs."""
+    llm = original_text_config(config.text_config.to_dict())
+    tower = original_names(config.vision_config.to_dict())
+    projector = {
+        "architectures": ["MultimodalProjector"],
+        "model_type": "v2l_projector",
+        "mm_projector_type": config.projector_type,
+    }
+    is_s2 = config.s2 or config.dynamic_s2
+    mode = image_processor.image_mode
+    root = {
+        "architectures": ["LlavaLlamaModel"],
+        "model_type": "llava_llama",
+        **(config.original_options or {}),
+        "hidden_size": config.text_config.hidden_size,
+        "mm_hidden_size": config.feature_size,
+        "image_aspect_ratio": "default" if mode == "plain" else mode,
+        "min_tiles": image_processor.min_tiles,
+        "max_tiles": image_processor.max_tiles,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "cls_patch" if config.vision_feature_select_strategy == "full" else "patch",
+        "s2": config.s2,
+        "dynamic_s2": config.dynamic_s2,
+        "llm_cfg": llm,
+        "vision_tower_cfg": tower,
+        "mm_projector_cfg": projector,
+    }
+    if is_s2:
+        root["s2_scales"] = ",".join(str(scale) for scale in config.s2_scales)
+        root["s2_max_split_size"] = config.s2_max_split_size or config.s2_scales[0]
+        root["s2_resize_output_to_scale_idx"] = config.s2_resize_output_to_scale_idx
+    return {
+        "config.json": root,
+        "llm/config.json": llm,
+        "vision_tower/config.json": tower,
+        "vision_tower/preprocessor_config.json": original_preprocessor(config, image_processor),
+        "mm_projector/config.json": projector,
+    }
+
+
+def original_text_config(text_config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings go back to the keys that transformers 4 reads."""
+    llm = original_names(text_config)
+    rope = dict(llm.pop("rope_parameters", None) or {})
+    if "rope_theta" in rope:
+        llm["rope_theta"] = rope.pop("rope_theta")
+    llm["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
+    return {**llm, "architectures": [architecture[llm["model_type"]]]}
+
+
+def original_names(sub_config: dict[str, Any]) -> dict[str, Any]:
+    original = without(sub_config, {"transformers_version", "architectures"})
+    if dtype := original.pop("dtype", None):
+        original["torch_dtype"] = str(dtype).removeprefix("torch.")
+    return original
+
+
+def original_preprocessor(config: VilaConfig, image_processor: VilaImageProcessor) -> dict[str, Any]:
+    kind = IMAGE_PROCESSOR_TYPES[config.vision_config.model_type]
+    side = config.vision_config.image_size
+    size = {"shortest_edge": side} if image_processor.size.get("shortest_edge") else {"height": side, "width": side}
+    preprocessor = {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "image_mean": list(image_processor.image_mean),
+        "image_std": list(image_processor.image_std),
+        "resample": int(image_processor.resample),
+        "rescale_factor": image_processor.rescale_factor,
+        "size": size,
+    }
+    if image_processor.do_center_crop:
+        preprocessor |= {"do_center_crop": True, "crop_size": {"height": side, "width": side}}
+    return preprocessor
+
+
+def without(mapping: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}
