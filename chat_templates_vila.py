@@ -43,9 +43,9 @@ def choose_chat_template(
     """The template of a checkpoint.
 
     Args:
-        conv_mode: one of `CONV_MODES`. `"auto"`: the remote-code layout brings its own template; Llama models of the
-            research layout use the one that VILA-1.5 was trained with, told apart by the tokenizer's control tokens;
-            others use the tokenizer's.
+        conv_mode: one of `CONV_MODES`. The remote-code layout brings its own template, which `"auto"` and the name that
+            its config gives it stand for. In the research layout `"auto"` is for Llama models the template that
+            VILA-1.5 was trained with, told apart by the tokenizer's control tokens, and for others the tokenizer's.
         model_type: of the language model.
         source: the original folder, `root` its config.
 
@@ -54,9 +54,9 @@ def choose_chat_template(
     """
     if conv_mode not in CONV_MODES:
         raise ValueError(f"unknown conv mode {conv_mode!r}; known are {', '.join(CONV_MODES)}")
-    if conv_mode != "auto":
-        return named_template(conv_mode)
     is_remote_layout = root.get("model_type") == "vila"
+    if conv_mode != "auto" and not (is_remote_layout and conv_mode == root.get("chat_template")):
+        return named_template(conv_mode)
     if model_type == "llama" and not is_remote_layout:
         return named_template(vila15_template_name(tokenizer))
     text_template = tokenizer.chat_template

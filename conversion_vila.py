@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from transformers import AddedToken, AutoModel, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from . import configuration_vila, modeling_vila, processing_vila
 from .chat_templates_vila import CONV_MODES, SENTINEL, choose_chat_template, stop_token_ids
@@ -90,7 +91,10 @@ def convert(
             raise FileExistsError(f"{target} exists and is not empty")
     with tempfile.TemporaryDirectory() as staging_name:
         staging = Path(staging_name)
-        write_metadata(source, root, staging, conv_mode, DTYPES.get(shards["llm"][0].dtype, "float32"))
+        try:
+            write_metadata(source, root, staging, conv_mode, DTYPES.get(shards["llm"][0].dtype, "float32"))
+        except StrictDataclassError as error:
+            raise ValueError(f"a config of {source} makes no sense: {error}") from error
         if not copy:
             index_parts(shards, staging)
         target.mkdir(parents=True, exist_ok=True)
@@ -176,7 +180,13 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The language model's tokenizer with the media tokens, in the order that gives the original's ids."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "llm" if (folder / "llm").is_dir() else folder)
+    folder = folder / "llm" if (folder / "llm").is_dir() else folder
+    needs_sentencepiece = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
+    if needs_sentencepiece and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise ValueError("reading llm/tokenizer.model needs sentencepiece: pip install 'vila-hf[convert]'")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for key in ("is_local", "local_files_only"):  # how it was loaded, not what it is
+        tokenizer.init_kwargs.pop(key, None)
     media_tokens = (SENTINEL, VilaProcessor.image_token, VilaProcessor.video_token)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in media_tokens])
     tokenizer.padding_side = "left"

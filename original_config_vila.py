@@ -5,6 +5,8 @@ Original configs differ by age: every key may be missing, and unknown ones are k
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from .configuration_vila import VilaConfig, parse_scales
 from .image_processing_vila import VilaImageProcessor
 
@@ -24,8 +26,8 @@ TRANSLATED = {
     "s2", "s2_max_split_size", "s2_resize_output_to_scale_idx", "s2_scales",
 }  # fmt: skip
 
-TOWER_TYPES = ("siglip_vision_model", "clip_vision_model")
-LANGUAGE_MODEL_TYPES = ("llama", "qwen2", "mistral")
+TOWER_CLASSES = {"siglip_vision_model": "SiglipVisionModel", "clip_vision_model": "CLIPVisionModel"}
+LANGUAGE_MODEL_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
 IMAGE_PROCESSOR_TYPES = {"siglip_vision_model": "SiglipImageProcessor", "clip_vision_model": "CLIPImageProcessor"}
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -42,11 +44,11 @@ def to_vila_config(
         ValueError: for a tower or language model that is not supported, or an option that makes no sense.
     """
     tower_type = tower.get("model_type")
-    if tower_type not in TOWER_TYPES:
-        raise ValueError(f"vision_tower/config.json: model_type {tower_type!r} is none of {', '.join(TOWER_TYPES)}")
-    if llm.get("model_type") not in LANGUAGE_MODEL_TYPES:
+    if tower_type not in TOWER_CLASSES:
+        raise ValueError(f"vision_tower/config.json: model_type {tower_type!r} is none of {', '.join(TOWER_CLASSES)}")
+    if llm.get("model_type") not in LANGUAGE_MODEL_CLASSES:
         raise ValueError(
-            f"llm/config.json: model_type {llm.get('model_type')!r} is none of {', '.join(LANGUAGE_MODEL_TYPES)}"
+            f"llm/config.json: model_type {llm.get('model_type')!r} is none of {', '.join(LANGUAGE_MODEL_CLASSES)}"
         )
     if "mm_projector_type" not in projector:
         raise ValueError("mm_projector/config.json: mm_projector_type is missing")
@@ -113,8 +115,8 @@ def to_image_processor(
 
 def to_original_configs(config: VilaConfig, image_processor: VilaImageProcessor) -> dict[str, dict[str, Any]]:
     """Inverse of the two functions above: file name -> content of an original folder's configs."""
-    llm = original_text_config(config.text_config.to_dict())
-    tower = original_names(config.vision_config.to_dict())
+    llm = original_text_config(config.text_config)
+    tower = original_names(config.vision_config) | {"architectures": [TOWER_CLASSES[config.vision_config.model_type]]}
     projector = {
         "architectures": ["MultimodalProjector"],
         "model_type": "v2l_projector",
@@ -152,21 +154,21 @@ def to_original_configs(config: VilaConfig, image_processor: VilaImageProcessor)
     }
 
 
-def original_text_config(text_config: dict[str, Any]) -> dict[str, Any]:
+def original_text_config(text_config: PreTrainedConfig) -> dict[str, Any]:
     """RoPE settings go back to the keys that transformers 4 reads."""
     llm = original_names(text_config)
     rope = dict(llm.pop("rope_parameters", None) or {})
-    if "rope_theta" in rope:
-        llm["rope_theta"] = rope.pop("rope_theta")
+    llm["rope_theta"] = rope.pop("rope_theta", 10000.0)
     llm["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-    architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
-    return {**llm, "architectures": [architecture[llm["model_type"]]]}
+    return llm | {"architectures": [LANGUAGE_MODEL_CLASSES[text_config.model_type]]}
 
 
-def original_names(sub_config: dict[str, Any]) -> dict[str, Any]:
-    original = without(sub_config, {"transformers_version", "architectures"})
-    if dtype := original.pop("dtype", None):
-        original["torch_dtype"] = str(dtype).removeprefix("torch.")
+def original_names(sub_config: PreTrainedConfig) -> dict[str, Any]:
+    """A sub-config's own keys, without those that every config of transformers 5 has."""
+    generic = set(PreTrainedConfig().to_dict()) - {"model_type"}
+    original = without(sub_config.to_dict(), generic)
+    if sub_config.dtype is not None:
+        original["torch_dtype"] = str(sub_config.dtype).removeprefix("torch.")
     return original
 
 

@@ -1,0 +1,84 @@
+"""Where the golden data and media lie, and converted checkpoints that tests share."""
+
+import copy
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from safetensors.torch import load_file
+
+from vila.conversion_vila import convert
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMITTED_GOLDENS = REPOSITORY / "tests" / "goldens"
+GOLDENS = Path(os.environ.get("VILA_GOLDENS", REPOSITORY.parent / "shared" / "goldens"))
+if not GOLDENS.is_dir():
+    GOLDENS = COMMITTED_GOLDENS
+MEDIA = Path(os.environ.get("VILA_MEDIA", REPOSITORY.parent / "shared" / "media"))
+
+
+class GoldenCase:
+    """One folder of golden data: an original checkpoint, its conversation and what the original code made of it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.name = folder.name
+
+    @cached_property
+    def golden(self) -> dict:
+        return json.loads((self.folder / "golden.json").read_text())
+
+    @cached_property
+    def tensors(self) -> dict:
+        """Tensors by name, those stored once under another name included."""
+        stored = load_file(self.folder / "golden.safetensors")
+        return {**stored, **{alias: stored[name] for alias, name in self.golden.get("aliases", {}).items()}}
+
+    @cached_property
+    def prompt(self) -> dict:
+        return json.loads((self.folder / "prompt.json").read_text())
+
+    @property
+    def chats(self) -> list:
+        """The conversations, with paths into the case's folder."""
+        chats = copy.deepcopy(self.prompt["batch"] if "batch" in self.prompt else [self.prompt["messages"]])
+        for chat in chats:
+            for message in chat:
+                for block in message["content"]:
+                    if "path" in block:
+                        block["path"] = str(self.folder / block["path"])
+        return chats
+
+
+def golden_cases(family: str = "vila") -> list[GoldenCase]:
+    """All cases on disk that hold a conversation."""
+    folders = sorted(folder for folder in (GOLDENS / family).iterdir() if (folder / "prompt.json").is_file())
+    return [GoldenCase(folder) for folder in folders]
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """`converted(case)`: the case's checkpoint, converted once per session into a folder of its own name."""
+    folders: dict[str, Path] = {}
+
+    def convert_once(case: GoldenCase | str) -> Path:
+        if isinstance(case, str):
+            case = GoldenCase(COMMITTED_GOLDENS / "vila" / case)
+        key = str(case.folder)
+        if key not in folders:
+            target = tmp_path_factory.mktemp("converted") / case.name
+            folders[key] = convert(case.folder / "checkpoint", target, conv_mode=case.prompt["conv_mode"])
+        return folders[key]
+
+    return convert_once
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Path]:
+    if not MEDIA.is_dir():
+        pytest.skip(f"no photos: {MEDIA} is absent (set $VILA_MEDIA)")
+    return sorted(path for path in MEDIA.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".webp"))
