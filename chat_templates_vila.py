@@ -1,5 +1,6 @@
 """Which chat template a converted checkpoint gets, and which tokens end its answers."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def choose_chat_template(
     """The template of a checkpoint.
 
     Args:
-        conv_mode: one of `CONV_MODES`. The remote-code layout brings its own template, which `"auto"` and the name that
-            its config gives it stand for. In the research layout `"auto"` is for Llama models the template that
+        conv_mode: one of `CONV_MODES`. The remote-code layout brings its own template: `"auto"` and the name that its
+            config gives it mean that one. In the research layout `"auto"` is for Llama models the template that
             VILA-1.5 was trained with, told apart by the tokenizer's control tokens, and for others the tokenizer's.
         model_type: of the language model.
         source: the original folder, `root` its config.
@@ -106,5 +107,5 @@ def stop_token_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[in
     chat = [{"role": role, "content": text} for role, text in (("user", "question"), ("assistant", SENTINEL))] * 10
     ids = tokenizer(render(chat, template, tokenizer.special_tokens_map))["input_ids"]
     sentinel, control = tokenizer.convert_tokens_to_ids(SENTINEL), set(tokenizer.added_tokens_decoder)
-    behind = {after for token, after in zip(ids, ids[1:]) if token == sentinel}
+    behind = {after for token, after in pairwise(ids) if token == sentinel}
     return [tokenizer.eos_token_id, *sorted((behind & control) - {tokenizer.eos_token_id})]

@@ -7,7 +7,6 @@
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
-from transformers import AddedToken, AutoModel, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
@@ -221,8 +220,8 @@ def place_files(staging: Path, target: Path) -> None:
 def to_original(source: str | Path, target: str | Path) -> Path:
     """Writes a folder of this package in the research layout.
 
-    Tower layers that VILA does not use, and which a fine-tuned checkpoint therefore lacks, are written as zeros, so that
-    readers that select the tower's second-to-last layer by number find it.
+    Tower layers that VILA does not use, and which a fine-tuned checkpoint therefore lacks, are written as zeros:
+    readers that select the tower's second-to-last layer by number then find it.
 
     Raises:
         ValueError: if the source is not a folder of this package.
@@ -239,6 +238,8 @@ def to_original(source: str | Path, target: str | Path) -> Path:
     shards = find_shards(source)
     for part in PART_PREFIXES:
         (target / part).mkdir(parents=True)
+    if not any(".head." in name for shard in shards for name in shard.shapes):
+        config.vision_config.vision_use_head = False
     for name, content in to_original_configs(config, processor.image_processor).items():
         (target / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
     processor.tokenizer.padding_side = "right"
@@ -249,18 +250,31 @@ def to_original(source: str | Path, target: str | Path) -> Path:
 
 
 def missing_tower_tensors(config: VilaConfig, shards: list[Shard]) -> dict[str, torch.Tensor]:
-    """Zeros for the tower weights that the checkpoint lacks: layers behind the selected one, final norm, head."""
-    with torch.device("meta"):
-        tower = AutoModel.from_config(config.vision_config)
-    present = {name for shard in shards for part, name in placed_names(shard).values() if part == "vision_tower"}
+    """Zeros for the tower weights that the checkpoint lacks: layers behind the selected one and the final norm."""
+    shapes = {
+        name: shard.shapes[stored]
+        for shard in shards
+        for stored, (part, name) in placed_names(shard).items()
+        if part == "vision_tower"
+    }
+    expected = {
+        name.replace("layers.0.", f"layers.{layer}."): shape
+        for name, shape in shapes.items()
+        for layer in range(config.vision_config.num_hidden_layers)
+        if "encoder.layers.0." in name
+    }
+    if config.vision_config.model_type != "internvl_vision":
+        norm = dict.fromkeys(("weight", "bias"), [config.vision_config.hidden_size])
+        expected |= {f"vision_model.post_layernorm.{kind}": shape for kind, shape in norm.items()}
     dtype = getattr(torch, DTYPES[shards[0].dtype])
-    expected = {f"vision_model.{name}": weight.shape for name, weight in tower.state_dict().items()}
-    return {name: torch.zeros(shape, dtype=dtype) for name, shape in expected.items() if name not in present}
+    return {name: torch.zeros(shape, dtype=dtype) for name, shape in expected.items() if name not in shapes}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vila-convert", description=__doc__.split("\n")[0])
-    parser.add_argument("source", metavar="SRC", help="original folder or Hub id; with --to-original a converted folder")
+    parser.add_argument(
+        "source", metavar="SRC", help="original folder or Hub id; with --to-original a converted folder"
+    )
     parser.add_argument("target", metavar="DST", nargs="?", help="new folder (default: name of SRC with -hf)")
     parser.add_argument("--conv-mode", choices=CONV_MODES, default="auto", help="chat template (default: %(default)s)")
     way = parser.add_mutually_exclusive_group()

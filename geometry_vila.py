@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+MAX_TILES = 1024  # the time to list the candidate grids grows with its square
+
 
 class TileGrid(NamedTuple):
     """Rows and columns of tiles; `(1, 1)` is a picture that was not cut."""
@@ -42,14 +44,16 @@ def tile_grid_candidates(min_tiles: int, max_tiles: int) -> tuple[TileGrid, ...]
     Grids of equal area keep the iteration order of a set of `(cols, rows)` tuples, since ties between equally good
     aspect ratios are broken by position and the released checkpoints were trained with that order.
     """
-    if not 1 <= min_tiles <= max_tiles:
-        raise ValueError(f"need 1 <= min_tiles <= max_tiles, got min_tiles={min_tiles} and max_tiles={max_tiles}")
+    if not 1 <= min_tiles <= max_tiles <= MAX_TILES:
+        raise ValueError(
+            f"need 1 <= min_tiles <= max_tiles <= {MAX_TILES}, got min_tiles={min_tiles} and max_tiles={max_tiles}"
+        )
     sizes = {
         (cols, rows)
         for longest in range(min_tiles, max_tiles + 1)
         for cols in range(1, longest + 1)
-        for rows in range(1, longest + 1)
-        if min_tiles <= cols * rows <= max_tiles
+        for rows in range(1, min(longest, max_tiles // cols) + 1)
+        if cols * rows >= min_tiles
     }
     return tuple(TileGrid(rows, cols) for cols, rows in sorted(sizes, key=lambda size: size[0] * size[1]))
 
@@ -61,7 +65,8 @@ def choose_tile_grid(width: int, height: int, tile_size: int, min_tiles: int, ma
     small square pictures are not blown up.
     """
     if width < 1 or height < 1:
-        raise ValueError(f"a picture needs at least one pixel, got {width}x{height}")
+        raise ValueError(f"a picture needs at least one pixel in width and height, got {width}x{height}")
+    require_positive(tile_size=tile_size)
     aspect_ratio = width / height
     best, best_difference = TileGrid(1, 1), math.inf
     for grid in tile_grid_candidates(min_tiles, max_tiles):
@@ -89,6 +94,8 @@ def square_padding(width: int, height: int) -> tuple[int, int, int]:
 
 def scale_splits(scales: Sequence[int]) -> list[int]:
     """Tiles per side of every scale of dynamic S2, e.g. `[448, 896, 1344] -> [1, 2, 3]`."""
+    if not scales or scales[0] < 1 or list(scales) != sorted(set(scales)):
+        raise ValueError(f"s2_scales must be different positive numbers in ascending order, got {list(scales)}")
     return [scale // scales[0] for scale in scales]
 
 
@@ -113,12 +120,16 @@ def num_tiles(grid: TileGrid, scales: Sequence[int] | None = None) -> int:
 def output_blocks(grid: TileGrid, scales: Sequence[int], output_scale: int) -> TileGrid:
     """Blocks that the merged map of a dynamic S2 picture is projected in: the grid of the scale it is resized to."""
     splits = scale_splits(scales)
+    if not -len(splits) <= output_scale < len(splits):
+        raise ValueError(f"output_scale={output_scale} is outside of the {len(splits)} scales")
     if grid.area == 1 or output_scale % len(splits) == len(splits) - 1:
         return grid
     return TileGrid(splits[output_scale], splits[output_scale])
 
 
-def num_image_tokens(grid: TileGrid, tile_tokens: int, scales: Sequence[int] | None = None, output_scale: int = 0) -> int:
+def num_image_tokens(
+    grid: TileGrid, tile_tokens: int, scales: Sequence[int] | None = None, output_scale: int = 0
+) -> int:
     """Feature rows that one picture becomes, without the tokens around it.
 
     Args:
@@ -132,16 +143,19 @@ def num_image_tokens(grid: TileGrid, tile_tokens: int, scales: Sequence[int] | N
 
 def crops_per_side(scale: int, max_split_size: int) -> int:
     """Crops per side that one scale of static S2 is split into."""
+    require_positive(scale=scale, max_split_size=max_split_size)
     return math.ceil(scale / max_split_size)
 
 
 def patches_per_side(image_size: int, patch_size: int) -> int:
     """Patches per side of one tile; pixels beyond the last whole patch are dropped by the patch convolution."""
+    require_positive(image_size=image_size, patch_size=patch_size)
     return image_size // patch_size
 
 
 def downsampled_side(side: int, factor: int) -> int:
     """Tokens per side after the projector merges `factor` x `factor` patches, the map zero-padded where needed."""
+    require_positive(side=side, factor=factor)
     return math.ceil(side / factor)
 
 
@@ -150,8 +164,15 @@ def num_tile_tokens(side: int, downsample: int, class_tokens: int = 0) -> int:
 
     `class_tokens` (a CLIP class token that is kept) can only pass a projector that does not downsample.
     """
+    require_positive(side=side, downsample=downsample)
     if downsample == 1:
         return side * side + class_tokens
     if class_tokens:
         raise ValueError("a projector that merges patches needs a square map: the class token must be dropped")
     return downsampled_side(side, downsample) ** 2
+
+
+def require_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")

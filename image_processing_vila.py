@@ -344,7 +344,7 @@ def array_to_image(array: Any, input_data_format: Any = None) -> Image.Image:
     elif np.issubdtype(pixels.dtype, np.floating):
         if not np.isfinite(pixels).all():
             raise ValueError("a picture must not hold NaN or infinite values")
-        scale = 255.0 if 0 <= pixels.min() and pixels.max() <= 1 else 1.0
+        scale = 255.0 if pixels.min() >= 0 and pixels.max() <= 1 else 1.0
         pixels = np.clip(np.rint(pixels * scale), 0, 255)
     elif pixels.dtype != np.uint8:
         if not np.issubdtype(pixels.dtype, np.integer):

@@ -177,7 +177,9 @@ class VilaModel(VilaPreTrainedModel):
         self.vision_tower = build_vision_tower(config)
         self.multi_modal_projector = VilaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        unused_layers = "|".join(str(i) for i in range(config.num_vision_layers, config.vision_config.num_hidden_layers))
+        unused_layers = "|".join(
+            str(i) for i in range(config.num_vision_layers, config.vision_config.num_hidden_layers)
+        )
         self._keys_to_ignore_on_load_unexpected = [r"vision_tower\.(post_layernorm|layernorm|head)\."]
         if unused_layers:
             self._keys_to_ignore_on_load_unexpected += [rf"vision_tower\.encoder\.layers?\.({unused_layers})\."]
@@ -442,12 +444,12 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
         kept = [tiles for tiles, is_new in zip(per_picture, new) if is_new]
         if not kept:
             return {"pixel_values": None, "image_grid_thw": None}
-        kept_grids = None if image_grid_thw is None else image_grid_thw[torch.tensor(new, device=image_grid_thw.device)]
+        kept_grids = (
+            None if image_grid_thw is None else image_grid_thw[torch.tensor(new, device=image_grid_thw.device)]
+        )
         return {"pixel_values": torch.cat(kept), "image_grid_thw": kept_grids}
 
-    def _pictures_behind(
-        self, placeholders: torch.Tensor, cached: int, grids: list[TileGrid]
-    ) -> Iterator[bool]:
+    def _pictures_behind(self, placeholders: torch.Tensor, cached: int, grids: list[TileGrid]) -> Iterator[bool]:
         """For every picture, row by row, whether its placeholders start at position `cached` or later."""
         config, sizes = self.config, iter(grids)
         for row in placeholders:
@@ -461,7 +463,9 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
                     grid, config.num_tile_tokens, config.dynamic_scales, config.s2_resize_output_to_scale_idx
                 )
                 if start < inside < end:
-                    raise ValueError("past_key_values ends inside a picture: it can only be continued between pictures")
+                    raise ValueError(
+                        "past_key_values ends inside a picture: it can only be continued between pictures"
+                    )
                 yield start >= inside
                 start = end
 
@@ -471,4 +475,4 @@ def is_placeholder(ids: torch.Tensor, config: VilaConfig) -> torch.Tensor:
     return (ids == config.image_token_id) | (ids == config.video_token_id)
 
 
-__all__ = ["VilaPreTrainedModel", "VilaModel", "VilaForConditionalGeneration"]
+__all__ = ["VilaForConditionalGeneration", "VilaModel", "VilaPreTrainedModel"]

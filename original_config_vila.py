@@ -6,8 +6,14 @@ Original configs differ by age: every key may be missing, and unknown ones are k
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
-from .configuration_vila import VilaConfig, parse_scales
+from .configuration_vila import VilaConfig, first, parse_scales
 from .image_processing_vila import VilaImageProcessor
 
 # keys that describe a training run or a file layout, not the model
@@ -26,10 +32,22 @@ TRANSLATED = {
     "s2", "s2_max_split_size", "s2_resize_output_to_scale_idx", "s2_scales",
 }  # fmt: skip
 
-TOWER_CLASSES = {"siglip_vision_model": "SiglipVisionModel", "clip_vision_model": "CLIPVisionModel"}
+# model_type of an original tower -> its class and its image processor's class there
+TOWER_CLASSES = {
+    "siglip_vision_model": ("SiglipVisionModel", "SiglipImageProcessor"),
+    "clip_vision_model": ("CLIPVisionModel", "CLIPImageProcessor"),
+    "intern_vit_6b": ("InternVisionModel", "InternVisionPreprocessor"),
+}
 LANGUAGE_MODEL_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
-IMAGE_PROCESSOR_TYPES = {"siglip_vision_model": "SiglipImageProcessor", "clip_vision_model": "CLIPImageProcessor"}
-CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+# where preprocessor_config.json leaves them out
+NORMALISATION = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "internvl_vision": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+# InternViT's option -> the option of transformers' InternVL tower
+INTERN_OPTIONS = {"qk_normalization": "use_qk_norm", "qkv_bias": "attention_bias", "dropout": "hidden_dropout_prob"}
+INTERN_UNUSED = {"drop_path_rate", "initializer_factor", "use_flash_attn"}
+INTERN_FIXED = {"norm_type": "rms_norm", "use_mean_pooling": True, "use_absolute_position_embeddings": True}
 
 
 def to_vila_config(
@@ -52,7 +70,7 @@ def to_vila_config(
         )
     if "mm_projector_type" not in projector:
         raise ValueError("mm_projector/config.json: mm_projector_type is missing")
-    default_feature = "cls_patch" if tower_type == "siglip_vision_model" else "patch"
+    default_feature = "cls_patch" if tower_type == "siglip_vision_model" else "patch"  # those with a class token drop it
     feature = root.get("mm_vision_select_feature") or default_feature
     if feature not in ("cls_patch", "patch"):
         raise ValueError(f"config.json: mm_vision_select_feature {feature!r} is neither 'cls_patch' nor 'patch'")
@@ -69,7 +87,7 @@ def to_vila_config(
     options = {key: value for key, value in root.items() if key not in NOISE | TRANSLATED and value is not None}
     return VilaConfig(
         text_config=without(llm, SUB_CONFIG_NOISE),
-        vision_config=without(tower, SUB_CONFIG_NOISE),
+        vision_config=to_vision_config(tower),
         projector_type=projector["mm_projector_type"],
         vision_feature_layer=-2 if layer is None else layer,
         vision_feature_select_strategy="full" if feature == "cls_patch" else "default",
@@ -79,9 +97,28 @@ def to_vila_config(
     )
 
 
-def to_image_processor(
-    root: dict[str, Any], preprocessor: dict[str, Any], config: VilaConfig
-) -> VilaImageProcessor:
+def to_vision_config(tower: dict[str, Any]) -> dict[str, Any]:
+    """A tower's config; InternViT becomes transformers' InternVL tower (RMSNorm, norm of whole queries and keys)."""
+    config = without(tower, SUB_CONFIG_NOISE)
+    if config["model_type"] != "intern_vit_6b":
+        return config
+    renamed = {INTERN_OPTIONS.get(key, key): value for key, value in config.items()}
+    layer_scale = {"layer_scale_init_value": config.get("initializer_factor", 0.1)}
+    return {**without(renamed, INTERN_UNUSED), **INTERN_FIXED, **layer_scale, "model_type": "internvl_vision"}
+
+
+def to_original_tower(config: VilaConfig) -> dict[str, Any]:
+    tower = original_names(config.vision_config)
+    if tower["model_type"] == "internvl_vision":
+        side, patch = first(config.vision_config.image_size), first(config.vision_config.patch_size)
+        back = {new: old for old, new in INTERN_OPTIONS.items()}
+        tower = {back.get(key, key): value for key, value in tower.items() if key not in INTERN_FIXED}
+        tower["initializer_factor"] = tower.pop("layer_scale_init_value")
+        tower |= {"model_type": "intern_vit_6b", "image_size": side, "patch_size": patch}
+    return tower | {"architectures": [TOWER_CLASSES[tower["model_type"]][0]]}
+
+
+def to_image_processor(root: dict[str, Any], preprocessor: dict[str, Any], config: VilaConfig) -> VilaImageProcessor:
     """Root config and the tower's `preprocessor_config.json` -> image processor.
 
     S2 replaces the tower's input size by the largest scale, dynamic S2 by the smallest.
@@ -92,8 +129,12 @@ def to_image_processor(
         for key in ("image_mean", "image_std", "resample", "rescale_factor", "do_center_crop", "crop_size", "size")
         if preprocessor.get(key) is not None
     }
-    if preprocessor.get("image_processor_type", "").startswith("CLIP"):
-        options = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, **options}
+    tower_type = config.vision_config.model_type
+    if tower_type in NORMALISATION:
+        mean, std = NORMALISATION[tower_type]
+        options = {"image_mean": mean, "image_std": std, **options}
+    if "resize_size" in preprocessor:
+        options["size"] = preprocessor["resize_size"]
     if isinstance(options.get("size"), int):
         options["size"] = {"height": options["size"], "width": options["size"]}
     scale = config.s2_scales[-1] if config.s2 else config.s2_scales[0] if config.dynamic_s2 else None
@@ -102,9 +143,7 @@ def to_image_processor(
         options["size"] = {"shortest_edge": scale} if keeps_aspect else {"height": scale, "width": scale}
         if options.get("crop_size"):
             options["crop_size"] = {"height": scale, "width": scale}
-    tiling = {
-        key: root[key] for key in ("min_tiles", "max_tiles") if root.get(key) is not None
-    }
+    tiling = {key: root[key] for key in ("min_tiles", "max_tiles") if root.get(key) is not None}
     return VilaImageProcessor(
         image_mode=mode if mode in ("resize", "pad", "dynamic", "dynamic_s2") else "plain",
         s2_scales=config.dynamic_scales,
@@ -116,7 +155,7 @@ def to_image_processor(
 def to_original_configs(config: VilaConfig, image_processor: VilaImageProcessor) -> dict[str, dict[str, Any]]:
     """Inverse of the two functions above: file name -> content of an original folder's configs."""
     llm = original_text_config(config.text_config)
-    tower = original_names(config.vision_config) | {"architectures": [TOWER_CLASSES[config.vision_config.model_type]]}
+    tower = to_original_tower(config)
     projector = {
         "architectures": ["MultimodalProjector"],
         "model_type": "v2l_projector",
@@ -173,8 +212,10 @@ def original_names(sub_config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def original_preprocessor(config: VilaConfig, image_processor: VilaImageProcessor) -> dict[str, Any]:
-    kind = IMAGE_PROCESSOR_TYPES[config.vision_config.model_type]
-    side = config.vision_config.image_size
+    side = first(config.vision_config.image_size)
+    if config.vision_config.model_type == "internvl_vision":
+        return {"image_processor_type": TOWER_CLASSES["intern_vit_6b"][1], "resize_size": side}
+    kind = TOWER_CLASSES[config.vision_config.model_type][1]
     size = {"shortest_edge": side} if image_processor.size.get("shortest_edge") else {"height": side, "width": side}
     preprocessor = {
         "image_processor_type": kind,

@@ -204,7 +204,9 @@ class VilaProcessor(ProcessorMixin):
         """Whether what follows a picture was written by the chat template and not in the picture's message."""
         tokenizer = self.tokenizer
         template = self.chat_template if isinstance(self.chat_template, str) else None
-        between, at_end = message_ends(template, self.image_token, tokenizer.bos_token or "", tokenizer.eos_token or "")
+        between, at_end = message_ends(
+            template, self.image_token, tokenizer.bos_token or "", tokenizer.eos_token or ""
+        )
         return following.startswith(tuple(between)) or (is_last and (following in at_end or not following.strip()))
 
     def _batch(

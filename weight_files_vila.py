@@ -98,7 +98,9 @@ def copy_to_root(shards: dict[str, list[Shard]], target: Path) -> None:
     """Writes every file of every part as a root shard with whole-model names, one at a time."""
     files = [(part, shard) for part, part_files in shards.items() for shard in part_files]
     weight_map: dict[str, str] = {}
-    for number, (part, shard) in enumerate(tqdm(files, desc="Copying weights", unit="shard", disable=len(files) <= 3), start=1):
+    for number, (part, shard) in enumerate(
+        tqdm(files, desc="Copying weights", unit="shard", disable=len(files) <= 3), start=1
+    ):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         with safe_open(shard.path, framework="pt") as file:
             tensors = {PART_PREFIXES[part] + key: file.get_tensor(key) for key in shard.shapes}
@@ -117,7 +119,10 @@ def placed_names(shard: Shard) -> dict[str, tuple[str, str]]:
         try:
             placed[name] = original_name(name)
         except KeyError as error:
-            raise ValueError(f"{shard.path.name}: {name!r} belongs to no part of a VILA model") from error
+            raise ValueError(
+                f"{shard.path.name}: {name!r} belongs to no part of a VILA model, or was saved with "
+                "save_original_format=False: save the model with original names"
+            ) from error
     return placed
 
 
@@ -132,7 +137,9 @@ def split_to_parts(shards: Iterable[Shard], target: Path, extra_tensors: dict[st
     for part in PART_PREFIXES:
         own = [(shard, names) for job_part, shard, names in jobs if job_part == part]
         weight_map: dict[str, str] = {}
-        for number, (shard, names) in enumerate(tqdm(own, desc=f"Writing {part}", unit="shard", disable=len(own) <= 1), start=1):
+        for number, (shard, names) in enumerate(
+            tqdm(own, desc=f"Writing {part}", unit="shard", disable=len(own) <= 1), start=1
+        ):
             name = SINGLE if len(own) == 1 else f"model-{number:05d}-of-{len(own):05d}.safetensors"
             with safe_open(shard.path, framework="pt") as file:
                 tensors = {new: file.get_tensor(old) for old, (in_part, new) in names.items() if in_part == part}

@@ -14,10 +14,17 @@ Both load. `save_pretrained` writes whole-model names, which other engines read 
 import re
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 # folder of an original checkpoint -> prefix of its weights in the whole model
 PART_PREFIXES = {"llm": "llm.", "vision_tower": "vision_tower.vision_tower.", "mm_projector": "mm_projector."}
+
+# how the names inside a folder begin -> the same in the whole model
+FOLDER_NAMES = {
+    r"^model\.(embed_tokens|layers|norm)\.": r"llm.model.\1.",
+    r"^(vision_model|embeddings|encoder)\.": r"vision_tower.vision_tower.\1.",
+    r"^layers\.": "mm_projector.layers.",
+}
 
 # prefix in the whole model -> prefix in `VilaForConditionalGeneration`
 MODULE_PREFIXES = {
@@ -27,11 +34,21 @@ MODULE_PREFIXES = {
     "mm_projector.": "model.multi_modal_projector.",
 }
 
-# names inside a folder -> prefix in `VilaForConditionalGeneration`
-FOLDER_NAMES = {
-    r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
-    r"^vision_model\.": "model.vision_tower.",
-    r"^layers\.": "model.multi_modal_projector.layers.",
+# InternViT's names, which transformers' InternVL tower spells differently, below the two prefixes
+INTERN_PREFIXES = (r"^vision_tower\.vision_tower\.", "model.vision_tower.")
+INTERN_NAMES = {
+    r"embeddings\.class_embedding": "embeddings.cls_token",
+    r"embeddings\.patch_embedding\.": "embeddings.patch_embeddings.projection.",
+    r"embeddings\.position_embedding": "embeddings.position_embeddings",
+    r"encoder\.layers\.(\d+)\.attn\.proj\.": r"encoder.layer.\1.attention.projection_layer.",
+    r"encoder\.layers\.(\d+)\.attn\.qkv\.": r"encoder.layer.\1.attention.qkv.",
+    r"encoder\.layers\.(\d+)\.attn\.q_norm\.": r"encoder.layer.\1.attention.q_norm.",
+    r"encoder\.layers\.(\d+)\.attn\.k_norm\.": r"encoder.layer.\1.attention.k_norm.",
+    r"encoder\.layers\.(\d+)\.mlp\.": r"encoder.layer.\1.mlp.",
+    r"encoder\.layers\.(\d+)\.norm1\.": r"encoder.layer.\1.layernorm_before.",
+    r"encoder\.layers\.(\d+)\.norm2\.": r"encoder.layer.\1.layernorm_after.",
+    r"encoder\.layers\.(\d+)\.ls1": r"encoder.layer.\1.lambda_1",
+    r"encoder\.layers\.(\d+)\.ls2": r"encoder.layer.\1.lambda_2",
 }
 
 
@@ -42,18 +59,27 @@ class LoadOnlyRenaming(WeightRenaming):
         return WeightRenaming("(?!)", "(?!)")
 
 
-def weight_renamings() -> list[WeightRenaming]:
-    """The table in the form that transformers applies on load and, reversed, on save."""
-    renamings = [WeightRenaming("^" + re.escape(whole), module) for whole, module in MODULE_PREFIXES.items()]
-    return renamings + [LoadOnlyRenaming(pattern, module) for pattern, module in FOLDER_NAMES.items()]
+def weight_transforms() -> list[WeightRenaming | WeightConverter]:
+    """The table in the form that transformers applies on load and, from its end, on save."""
+    transforms = [LoadOnlyRenaming(name, whole) for name, whole in FOLDER_NAMES.items()]
+    transforms += [WeightRenaming("^" + re.escape(whole), module) for whole, module in MODULE_PREFIXES.items()]
+    # behind the general tower prefix, so that on save, which goes from the end, they are applied before it
+    whole, module = INTERN_PREFIXES
+    transforms += [WeightRenaming(whole + old, module + new) for old, new in INTERN_NAMES.items()]
+    for kind in ("weight", "bias"):
+        split = [f"attention.{projection}_proj.{kind}" for projection in "qkv"]
+        transforms.append(WeightConverter(f"attention.qkv.{kind}", split, operations=[Chunk(dim=0)]))
+    return transforms
 
 
 def original_name(name: str) -> tuple[str, str]:
     """Any spelling of a weight's name in a root shard -> `(folder, name in the folder's files)`.
 
     Raises:
-        KeyError: if the name belongs to no part of a VILA model.
+        KeyError: if the name belongs to no part of a VILA model, or is the module name of an InternViT weight.
     """
+    if ".encoder.layer." in name:
+        raise KeyError(name)
     for whole, module in MODULE_PREFIXES.items():
         if name.startswith(module):
             name = whole + name.removeprefix(module)
@@ -64,4 +90,4 @@ def original_name(name: str) -> tuple[str, str]:
     raise KeyError(name)
 
 
-register_checkpoint_conversion_mapping("vila", weight_renamings(), overwrite=True)
+register_checkpoint_conversion_mapping("vila", weight_transforms(), overwrite=True)

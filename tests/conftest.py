@@ -10,7 +10,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from safetensors.torch import load_file
-
 from vila.conversion_vila import convert
 
 REPOSITORY = Path(__file__).resolve().parents[1]

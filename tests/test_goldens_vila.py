@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
+from conftest import GOLDENS, GoldenCase, golden_cases
 from transformers import AutoModel, AutoProcessor
 
-from conftest import GOLDENS, GoldenCase, golden_cases
-
 TOLERANCE = 1e-4
-SUPPORTED_TOWERS = ("siglip_vision_model", "clip_vision_model")
+SUPPORTED_TOWERS = ("siglip_vision_model", "clip_vision_model", "intern_vit_6b")
 
 
 def unmet_needs(case: GoldenCase) -> list[str]:
@@ -94,9 +93,7 @@ def test_case_equals_the_original(case, converted):
         assert torch.equal(inputs["pixel_values"], torch.stack(pixels))
         output = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
         if any(name.startswith("encode_images_out.") for name in tensors):
-            torch.testing.assert_close(
-                torch.cat(output.pooler_output), golden_features(case), atol=TOLERANCE, rtol=0
-            )
+            torch.testing.assert_close(torch.cat(output.pooler_output), golden_features(case), atol=TOLERANCE, rtol=0)
     with torch.no_grad():
         logits = model(**inputs).logits
     torch.testing.assert_close(logits[..., : golden["llm_vocab_rows"]], tensors["logits"], atol=TOLERANCE, rtol=0)

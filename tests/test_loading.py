@@ -9,6 +9,7 @@ from io import BytesIO
 
 import pytest
 import torch
+from conftest import COMMITTED_GOLDENS, GoldenCase
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -19,8 +20,6 @@ from transformers import (
     TextStreamer,
     pipeline,
 )
-
-from conftest import COMMITTED_GOLDENS, GoldenCase
 
 CASE = GoldenCase(COMMITTED_GOLDENS / "vila" / "nvila_lite_image")
 
@@ -182,7 +181,10 @@ def test_pipeline_takes_pictures_beside_a_prompt(pipe):
 def test_pipeline_streams_what_it_returns(pipe, capsys):
     streamer = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = pipe(
-        text=chat_with(path=str(PICTURE)), max_new_tokens=16, return_full_text=False, generate_kwargs={"streamer": streamer}
+        text=chat_with(path=str(PICTURE)),
+        max_new_tokens=16,
+        return_full_text=False,
+        generate_kwargs={"streamer": streamer},
     )
     assert capsys.readouterr().out.strip("\n") == output[0]["generated_text"]
 

@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PICTURE ?=
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-slow lint format clean
+
+# torch first and under its exact version: resolving it as a dependency may choose another, larger build
+$(INSTALLED): pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# answers about $(PICTURE), or about a picture it draws, with a tiny untrained checkpoint
+demo: $(INSTALLED)
+	$(PYTHON) examples/demo.py $(PICTURE)
+
+test: lint
+	$(PYTHON) -m pytest -c tests/pytest.ini tests
+
+test-slow: $(INSTALLED)
+	$(PYTHON) -m pytest -c tests/pytest.ini -m slow tests
+
+# mypy wants the package under its import name, whatever the clone's folder is called
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	mkdir -p $(VENV)/typecheck && ln -sfn "$(CURDIR)" $(VENV)/typecheck/vila
+	cd $(VENV)/typecheck && ../bin/python -m mypy --config-file vila/pyproject.toml $(patsubst %,vila/%,$(wildcard *.py))
+
+format: $(INSTALLED)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:
+	rm -rf $(VENV) demo-model build *.egg-info
