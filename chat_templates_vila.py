@@ -20,7 +20,7 @@ FLATTEN_MESSAGES = """
     {%- set flat = {'role': message['role'], 'content': content_text(message)} -%}
     {%- set flattened.messages = flattened.messages + [flat] -%}
 {%- endfor -%}
-{%- set messages = flattened.messages -%}
+{%- set messages = flattened.messages %}
 """
 PROBES = [
     [{"role": "user", "content": "a"}],

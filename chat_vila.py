@@ -1,9 +1,11 @@
 """The text side of a chat: checking messages, keeping typed control tokens literal, and tokenizing with offsets."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
-from itertools import takewhile
+from itertools import accumulate, groupby, pairwise, takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -13,17 +15,28 @@ ROLES = ("system", "user", "assistant")
 CONTENT_TYPES = ("text", "image", "image_url", "video")
 MEDIA_KEYS = ("image", "url", "path", "base64", "image_url", "video")
 
-# Private-use characters around a control token that a user typed. They are stripped from all input first, so that
-# they cannot be forged.
-LITERAL_START, LITERAL_END = "\U000f0000", "\U000f0001"
-LITERAL = re.compile(f"{LITERAL_START}(.*?){LITERAL_END}", re.DOTALL)
+# A private-use character behind the first character of a control token that a user typed: the text is tokenized in
+# pieces that end there. One that a user typed is doubled first, so that it cannot be forged and is not lost.
+BREAK = "\U000f0000"
+SINGLE_BREAK = re.compile(f"(?<!{BREAK}){BREAK}(?!{BREAK})")
 
 Offset = tuple[int, int]
 
 
-def without_literals(text: str) -> str:
-    """The text without what a user typed that looks like a control token."""
-    return LITERAL.sub("", text)
+def escape_breaks(text: str) -> str:
+    """The text as `tokenize` reads it, if it holds no break."""
+    return text.replace(BREAK, 2 * BREAK)
+
+
+def without_breaks(text: str) -> str:
+    """The text as its author typed it."""
+    return SINGLE_BREAK.sub("", text).replace(2 * BREAK, BREAK)
+
+
+def break_offsets(text: str) -> list[dict[str, Offset]]:
+    """Where removing the breaks shortens the text, in the form that `ProcessorMixin` maps assistant masks with."""
+    removed = [match.start() for match in re.finditer(f"{BREAK}{BREAK}?", text)]
+    return [{"span": (at, at + 1), "new_span": (at - count, at - count)} for count, at in enumerate(removed)]
 
 
 def map_chats(conversation: Any, change: Callable[[dict, str], dict]) -> list:
@@ -32,17 +45,19 @@ def map_chats(conversation: Any, change: Callable[[dict, str], dict]) -> list:
     Raises:
         ValueError: if this is no chat, is empty, or a message is not a dictionary.
     """
-    if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise ValueError("a chat must be a non-empty list of messages, or a list of such lists")
-    if isinstance(conversation[0], (list, tuple)):
-        return [
-            map_chats(chat, lambda message, place, index=index: change(message, f"chat {index}, {place}"))
-            for index, chat in enumerate(conversation)
-        ]
-    for index, message in enumerate(conversation):
+    if isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple)):
+        return [map_chat(chat, change, f"chat {index}, ") for index, chat in enumerate(conversation)]
+    return map_chat(conversation, change)
+
+
+def map_chat(chat: Any, change: Callable[[dict, str], dict], place: str = "") -> list[dict]:
+    """One chat of `map_chats`."""
+    if not isinstance(chat, (list, tuple)) or not chat:
+        raise ValueError(f"{place}a chat must be a non-empty list of messages, or a list of such lists")
+    for index, message in enumerate(chat):
         if not isinstance(message, dict):
-            raise ValueError(f"message {index} must be a dictionary, got {type(message).__name__}")
-    return [change(message, f"message {index}") for index, message in enumerate(conversation)]
+            raise ValueError(f"{place}message {index} must be a dictionary, got {type(message).__name__}")
+    return [change(message, f"{place}message {index}") for index, message in enumerate(chat)]
 
 
 def check_message(message: dict, place: str) -> dict:
@@ -76,89 +91,116 @@ def check_block(block: Any, place: str) -> dict:
     sources = [key for key in MEDIA_KEYS if key in block]
     if len(sources) > 1:
         raise ValueError(f"{place}: give one source, not {' and '.join(sources)}")
-    return block
+    return block if kind == "video" else image_block(block, place)
 
 
-def mark_literals(message: dict, control_tokens: re.Pattern[str]) -> dict:
-    """Wraps the control tokens in the message's text in markers that `tokenize` reads."""
+def image_block(block: dict, place: str) -> dict:
+    """A picture's block, OpenAI's `image_url` form included, in the form of transformers."""
+    source = block.get("image_url")
+    if isinstance(source, dict):
+        source = source.get("url")
+    if (source is None and "image_url" in block) or "video" in block:
+        raise ValueError(f"{place}: a picture needs its source under 'image', 'url', 'path', 'base64' or 'image_url'")
+    picture = {key: value for key, value in block.items() if key != "image_url"}
+    return {**picture, "type": "image", **({} if source is None else {"url": source})}
 
-    def mark(text: str) -> str:
-        text = text.replace(LITERAL_START, "").replace(LITERAL_END, "")
-        return control_tokens.sub(rf"{LITERAL_START}\g<0>{LITERAL_END}", text)
 
+def mark_literals(message: dict, control_tokens: re.Pattern[str] | None) -> dict:
+    """Puts breaks into the control tokens in the message's text, so that `tokenize` reads them as characters."""
     content = message["content"]
     if isinstance(content, str):
-        return {**message, "content": mark(content)}
-    return {**message, "content": [{**b, "text": mark(b["text"])} if b["type"] == "text" else b for b in content]}
+        return {**message, "content": break_texts([content], control_tokens)[0]}
+    marked = []
+    for is_text, group in groupby(content, key=lambda block: block["type"] == "text"):
+        blocks = list(group)
+        if is_text:
+            texts = break_texts([block["text"] for block in blocks], control_tokens)
+            blocks = [{**block, "text": text} for block, text in zip(blocks, texts)]
+        marked += blocks
+    return {**message, "content": marked}
+
+
+def break_texts(texts: list[str], control_tokens: re.Pattern[str] | None) -> list[str]:
+    """Texts that follow each other, with breaks in the control tokens; one may be spread over several of them."""
+    texts = [escape_breaks(text) for text in texts]
+    if control_tokens is None:
+        return texts
+    joined = "".join(texts)
+    starts = [match.start() for match in control_tokens.finditer(joined)]
+    broken = control_tokens.sub(rf"\g<0>{BREAK}", joined)
+    # a text that ends behind the first character of a control token keeps the break that follows that character
+    ends = [end + bisect_left(starts, end) for end in accumulate(map(len, texts))]
+    return [broken[start:end] for start, end in pairwise([0, *ends])]
 
 
 def control_token_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the tokenizer's special tokens, longer ones first."""
-    tokens = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+    """Matches the first character of each of the tokenizer's special tokens."""
+    tokens = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile(f"(?=(?:{'|'.join(tokens)})).", re.DOTALL) if tokens else re.compile("(?!)")
 
 
 def tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> Iterator[tuple[int, Offset]]:
-    """Ids with their character offsets in `text`; marked control tokens are encoded as ordinary characters."""
-    position = 0
-    for index, piece in enumerate(LITERAL.split(text)):
-        is_literal = index % 2 == 1
-        position += is_literal
-        if index == 0:
-            yield from encode(tokenizer, piece, add_special_tokens=add_special_tokens)
-        elif piece:
-            yield from encode_continuation(tokenizer, piece, position, is_literal)
-        position += len(piece) + is_literal
+    """Ids with their character offsets in `without_breaks(text)`."""
+    first, *rest = [piece.replace(2 * BREAK, BREAK) for piece in SINGLE_BREAK.split(text)]
+    yield from encode(tokenizer, [first], add_special_tokens)[0]
+    starts = accumulate(map(len, rest), initial=len(first))
+    for position, encoded in zip(starts, encode_continuations(tokenizer, rest)):
+        yield from ((token, (start + position, end + position)) for token, (start, end) in encoded)
 
 
-def encode(tokenizer: Any, text: str, **kwargs: Any) -> list[tuple[int, Offset]]:
-    encoded = tokenizer(text, return_offsets_mapping=True, **kwargs)
-    return list(zip(encoded["input_ids"], encoded["offset_mapping"]))
+def encode(tokenizer: Any, texts: list[str], add_special_tokens: bool = False) -> list[list[tuple[int, Offset]]]:
+    """Ids and offsets of every text."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    return [list(zip(ids, offsets)) for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"])]
 
 
-def encode_continuation(tokenizer: Any, piece: str, position: int, is_literal: bool) -> Iterator[tuple[int, Offset]]:
-    """A piece from the middle of a text, which starts at character `position`.
+def encode_continuations(tokenizer: Any, pieces: list[str]) -> Iterator[list[tuple[int, Offset]]]:
+    """Pieces from the middle of a text.
 
-    It is encoded behind a line break that is removed again: sentencepiece adds a space at the start of a text.
+    They are encoded behind a line break that is removed again: sentencepiece adds a space at the start of a text.
     """
-    kwargs = {"add_special_tokens": False, "split_special_tokens": is_literal}
-    lead = encode(tokenizer, "\n", **kwargs)
-    encoded, skipped = encode(tokenizer, "\n" + piece, **kwargs), 1
-    if [token for token, _ in encoded[: len(lead)]] == [token for token, _ in lead]:
-        encoded = encoded[len(lead) :]
-    else:
-        encoded, skipped = encode(tokenizer, piece, **kwargs), 0
-    for token, (start, end) in encoded:
-        yield token, (max(start - skipped, 0) + position, max(end - skipped, 0) + position)
+    lead, *encoded_pieces = encode(tokenizer, ["\n", *("\n" + piece for piece in pieces)])
+    lead_ids = [token for token, _ in lead]
+    for piece, encoded in zip(pieces, encoded_pieces):
+        if [token for token, _ in encoded[: len(lead)]] == lead_ids:
+            yield [(token, (max(start - 1, 0), max(end - 1, 0))) for token, (start, end) in encoded[len(lead) :]]
+        else:
+            yield encode(tokenizer, [piece])[0]
 
 
-def render(chat: list[dict], chat_template: str, tokens: dict[str, str], add_generation_prompt: bool = False) -> str:
+def render(chat: list[dict], chat_template: str, tokens: dict[str, Any], add_generation_prompt: bool = False) -> str:
     """One chat as the template writes it; `tokens` are the tokenizer's special tokens by name."""
-    rendered, _ = render_jinja_template(
-        [chat], chat_template=chat_template, add_generation_prompt=add_generation_prompt, **tokens
-    )
-    return rendered[0]
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **tokens}
+    rendered: Any = render_jinja_template([chat], chat_template=chat_template, **options)
+    return rendered[0][0]
 
 
 @lru_cache(maxsize=16)
 def message_ends(chat_template: str | None, media_token: str, bos_token: str, eos_token: str) -> tuple[list, list]:
     """What a chat template writes behind a medium that ends its message.
 
-    Returns what stands there between messages, and what stands there at the end of a chat without a generation prompt.
+    Returns what stands there between messages, and what stands there at the end of a chat.
     """
     if chat_template is None:
         return [], []
 
-    def behind_media(roles: list[str], add_generation_prompt: bool) -> list[str]:
-        chat = [{"role": role, "content": [{"type": "image"}]} for role in roles]
+    def behind_medium(before: list[str], after: list[str], add_generation_prompt: bool = False) -> str:
+        chat = [{"role": role, "content": [{"type": "image"}]} for role in before + after]
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        return render(chat, chat_template, tokens, add_generation_prompt).split(media_token)[1:]
+        return render(chat, chat_template, tokens, add_generation_prompt).split(media_token)[len(before)]
 
-    try:
-        user, assistant, prompt = behind_media(["user", "assistant", "user"], True)
-        at_end = [behind_media(["user"], False)[-1], behind_media(["user", "assistant"], False)[-1]]
-    except (TemplateError, ValueError, IndexError):
-        # a template of the caller's own that does not know this form: pictures then end nowhere but at the end
-        return [], []
-    common = "".join(left for left, right in takewhile(lambda pair: pair[0] == pair[1], zip(user, prompt)))
-    return [end for end in (common, assistant) if end.strip()], [end for end in at_end if end.strip()]
+    between, at_end = [], []
+    for before in (["system"], ["user"], ["user", "assistant"]):
+        # templates may refuse an order of roles; one of the caller's own may not know this form of a message at all
+        for role, next_role in (("system", "user"), ("user", "assistant"), ("assistant", "user")):
+            with suppress(TemplateError, ValueError, IndexError, TypeError):
+                # the last message of a chat may get a text of its own: keep what stands there in either case
+                ends = [behind_medium(before, after) for after in ([role], [role, next_role])]
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(*ends))
+                between.append("".join(left for left, _ in same))
+        for add_generation_prompt in (False, True):
+            with suppress(TemplateError, ValueError, IndexError, TypeError):
+                at_end.append(behind_medium(before, [], add_generation_prompt))
+    return [end for end in between if end.strip()], [end for end in at_end if end.strip()]

@@ -8,9 +8,11 @@
 import math
 import re
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -29,6 +31,22 @@ CLASS_TOKEN_TOWERS = ("clip_vision_model", "internvl_vision")
 ORIGINAL_CONFIG_KEYS = ("llm_cfg", "vision_tower_cfg", "mm_projector_cfg")
 
 
+def raise_value_errors(cls: Any) -> Any:
+    """The error of a strict dataclass is no `ValueError`: makes its constructor raise one."""
+    init = cls.__init__
+
+    @wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+
+    cls.__init__ = __init__
+    return cls
+
+
+@raise_value_errors
 @strict
 class VilaConfig(PreTrainedConfig):
     r"""
@@ -64,8 +82,9 @@ class VilaConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    # given as a dictionary or a config of any class; config objects once this one is made
+    vision_config: Any = None
+    text_config: Any = None
     image_token_id: int = 151649
     video_token_id: int = 151650
     projector_type: str = "mlp_downsample"
@@ -73,7 +92,7 @@ class VilaConfig(PreTrainedConfig):
     vision_feature_select_strategy: Literal["default", "full"] = "full"
     s2: bool = False
     dynamic_s2: bool = False
-    s2_scales: str | list[int] | tuple[int, ...] | None = None
+    s2_scales: Any = None
     s2_max_split_size: int | None = None
     s2_resize_output_to_scale_idx: int = 0
     vision_chunk_size: int = 8
@@ -89,7 +108,7 @@ class VilaConfig(PreTrainedConfig):
         if self.s2_scales is not None:
             self.s2_scales = parse_scales(self.s2_scales)
         super().__post_init__(**kwargs)
-        if self.text_config.tie_word_embeddings:
+        if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
 
     @property
@@ -115,48 +134,62 @@ class VilaConfig(PreTrainedConfig):
         if self.s2:
             output_scale = self.s2_scales[self.s2_resize_output_to_scale_idx]
             side *= crops_per_side(output_scale, self.s2_max_split_size or self.s2_scales[0])
-        keeps_class_token = self.vision_config.model_type in CLASS_TOKEN_TOWERS
-        keeps_class_token &= self.vision_feature_select_strategy == "full"
-        return num_tile_tokens(side, self.downsample_factor, int(keeps_class_token))
+        return num_tile_tokens(side, self.downsample_factor, int(self._keeps_class_token))
+
+    @property
+    def _keeps_class_token(self) -> bool:
+        has_class_token = self.vision_config.model_type in CLASS_TOKEN_TOWERS
+        return has_class_token and self.vision_feature_select_strategy == "full"
 
     @property
     def feature_size(self) -> int:
         """Channels that enter the projector: tower channels times scales."""
         return self.vision_config.hidden_size * (len(self.s2_scales) if self.s2 or self.dynamic_s2 else 1)
 
-    def validate_projector(self) -> None:
-        if self.projector_type not in DOWNSAMPLE_FACTORS and not PLAIN_PROJECTOR.fullmatch(self.projector_type):
+    def validate_options(self) -> None:
+        """In this order: what a later check computes with, an earlier one has seen."""
+        self._check_sizes()
+        self._check_feature_layer()
+        self._check_scales()
+        self._check_projector()
+
+    def _check_sizes(self) -> None:
+        for part in ("vision_config", "text_config"):
+            for name in ("hidden_size", "num_hidden_layers"):
+                require_positive(getattr(getattr(self, part), name, None), f"{part}.{name}")
+            for name in ("num_attention_heads", "intermediate_size"):
+                require_positive(getattr(getattr(self, part), name, 1), f"{part}.{name}")
+        require_positive(getattr(self.text_config, "vocab_size", None), "text_config.vocab_size")
+        for name in ("image_size", "patch_size"):
+            size = getattr(self.vision_config, name, None)
+            sides = list(size) if isinstance(size, (list, tuple)) else [size]
+            require_positive(sides[0] if sides else None, f"vision_config.{name}")
+            if len(set(sides)) > 1:
+                raise ValueError(f"vision_config.{name} must be a square, got {size}")
+        if first(self.vision_config.patch_size) > first(self.vision_config.image_size):
             raise ValueError(
-                f"unknown projector_type {self.projector_type!r}; known are identity, linear, mlp<N>x_gelu, "
-                + ", ".join(DOWNSAMPLE_FACTORS)
-            )
-        if self.num_tile_tokens < 1:
-            raise ValueError(
-                f"vision_config: image_size {self.vision_config.image_size} holds no patch of "
+                f"vision_config.image_size {self.vision_config.image_size} holds no patch of "
                 f"{self.vision_config.patch_size} pixels"
             )
-
-    def validate_sizes(self) -> None:
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            for part in ("vision_config", "text_config"):
-                require_positive(getattr(getattr(self, part), name, 1), f"{part}.{name}")
         require_positive(self.vision_chunk_size, "vision_chunk_size")
-        if self.image_token_id < 0 or self.video_token_id < 0:
+        if min(self.image_token_id, self.video_token_id) < 0 or self.image_token_id == self.video_token_id:
             raise ValueError(
-                f"token ids must not be negative: image_token_id={self.image_token_id}, "
+                f"token ids must be different and not negative: image_token_id={self.image_token_id}, "
                 f"video_token_id={self.video_token_id}"
             )
 
-    def validate_feature_layer(self) -> None:
+    def _check_feature_layer(self) -> None:
         if not 0 <= self.num_vision_layers <= self.vision_config.num_hidden_layers:
             raise ValueError(
                 f"vision_feature_layer={self.vision_feature_layer} is outside of the tower's "
                 f"{self.vision_config.num_hidden_layers} layers"
             )
 
-    def validate_scales(self) -> None:
+    def _check_scales(self) -> None:
         if self.s2 and self.dynamic_s2:
             raise ValueError("s2 and dynamic_s2 exclude each other")
+        if self.s2_max_split_size is not None:
+            require_positive(self.s2_max_split_size, "s2_max_split_size")
         if not (self.s2 or self.dynamic_s2):
             return
         if not self.s2_scales:
@@ -166,8 +199,18 @@ class VilaConfig(PreTrainedConfig):
                 f"s2_resize_output_to_scale_idx={self.s2_resize_output_to_scale_idx} is outside of the "
                 f"{len(self.s2_scales)} scales"
             )
-        if self.s2_max_split_size is not None:
-            require_positive(self.s2_max_split_size, "s2_max_split_size")
+
+    def _check_projector(self) -> None:
+        if self.projector_type not in DOWNSAMPLE_FACTORS and not PLAIN_PROJECTOR.fullmatch(self.projector_type):
+            raise ValueError(
+                f"unknown projector_type {self.projector_type!r}; known are identity, linear, mlp<N>x_gelu, "
+                + ", ".join(DOWNSAMPLE_FACTORS)
+            )
+        if self.downsample_factor > 1 and self._keeps_class_token:
+            raise ValueError(
+                f"projector_type {self.projector_type!r} merges patches of a square map: drop the tower's class token "
+                "with vision_feature_select_strategy='default'"
+            )
 
 
 def first(size: int | Sequence[int]) -> int:

@@ -173,7 +173,8 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
         suppress_tokens=[config.image_token_id, config.video_token_id],
     ).save_pretrained(target)
     for module in (modeling_vila, processing_vila, configuration_vila):
-        for file in [module.__file__, *get_relative_import_files(module.__file__)]:
+        path = str(module.__file__)
+        for file in [path, *get_relative_import_files(path)]:
             shutil.copy(file, target)
 
 
@@ -236,16 +237,17 @@ def to_original(source: str | Path, target: str | Path) -> Path:
     config = VilaConfig.from_pretrained(source)
     processor = VilaProcessor.from_pretrained(source)
     shards = find_shards(source)
-    for part in PART_PREFIXES:
-        (target / part).mkdir(parents=True)
+    extra_tensors = {"vision_tower": missing_tower_tensors(config, shards)}
     if not any(".head." in name for shard in shards for name in shard.shapes):
         config.vision_config.vision_use_head = False
+    for part in PART_PREFIXES:
+        (target / part).mkdir(parents=True)
     for name, content in to_original_configs(config, processor.image_processor).items():
         (target / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
     processor.tokenizer.padding_side = "right"
     processor.tokenizer.save_pretrained(target / "llm")
     GenerationConfig.from_pretrained(source).save_pretrained(target / "llm")
-    split_to_parts(shards, target, {"vision_tower": missing_tower_tensors(config, shards)})
+    split_to_parts(shards, target, extra_tensors)
     return target
 
 
@@ -264,8 +266,8 @@ def missing_tower_tensors(config: VilaConfig, shards: list[Shard]) -> dict[str, 
         if "encoder.layers.0." in name
     }
     if config.vision_config.model_type != "internvl_vision":
-        norm = dict.fromkeys(("weight", "bias"), [config.vision_config.hidden_size])
-        expected |= {f"vision_model.post_layernorm.{kind}": shape for kind, shape in norm.items()}
+        shape = [config.vision_config.hidden_size]
+        expected |= {f"vision_model.post_layernorm.{kind}": shape for kind in ("weight", "bias")}
     dtype = getattr(torch, DTYPES[shards[0].dtype])
     return {name: torch.zeros(shape, dtype=dtype) for name, shape in expected.items() if name not in shapes}
 

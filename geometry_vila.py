@@ -155,7 +155,7 @@ def patches_per_side(image_size: int, patch_size: int) -> int:
 
 def downsampled_side(side: int, factor: int) -> int:
     """Tokens per side after the projector merges `factor` x `factor` patches, the map zero-padded where needed."""
-    require_positive(side=side, factor=factor)
+    require_positive(factor=factor)
     return math.ceil(side / factor)
 
 
@@ -164,7 +164,7 @@ def num_tile_tokens(side: int, downsample: int, class_tokens: int = 0) -> int:
 
     `class_tokens` (a CLIP class token that is kept) can only pass a projector that does not downsample.
     """
-    require_positive(side=side, downsample=downsample)
+    require_positive(downsample=downsample)
     if downsample == 1:
         return side * side + class_tokens
     if class_tokens:

@@ -5,16 +5,13 @@
 - Rescaling and normalising 8-bit pixels is one table look-up, exactly equal to the arithmetic it replaces.
 """
 
-import base64
-import binascii
 import os
-from collections.abc import Sequence
-from io import BytesIO
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
-from huggingface_hub import get_session
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import get_resize_output_image_size, normalize, rescale
@@ -36,13 +33,12 @@ from .geometry_vila import (
     square_padding,
     tile_boxes,
 )
+from .image_loading_vila import array_to_image, check_pixels, load_image, open_image, to_rgb
 
 logger = logging.get_logger(__name__)
 
 ImageMode = Literal["resize", "pad", "dynamic", "dynamic_s2", "plain"]
 IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2", "plain")
-URL_TIMEOUT_SECONDS = 30.0
-MAX_RESIZED_PIXELS = 1 << 26
 
 
 class VilaImagesKwargs(ImagesKwargs, total=False):
@@ -83,6 +79,8 @@ class VilaImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    do_center_crop = False
+    crop_size: Any = None
     image_mode: ImageMode = "resize"
     min_tiles = 1
     max_tiles = 12
@@ -93,7 +91,12 @@ class VilaImageProcessor(PilBackend):
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Opens URLs, paths, data URIs, base64 strings and bytes; pictures and arrays pass through."""
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(source) for source in image_url_or_urls]
+            fetched = []
+            for index, source in enumerate(image_url_or_urls):
+                kind = "conversation" if isinstance(source, (list, tuple)) else "picture"
+                with errors_name(f"{kind} {index}"):
+                    fetched.append(self.fetch_images(source))
+            return fetched
         if isinstance(image_url_or_urls, (str, bytes, os.PathLike)):
             return open_image(image_url_or_urls)
         return image_url_or_urls
@@ -104,9 +107,9 @@ class VilaImageProcessor(PilBackend):
         Raises:
             ValueError: if `max_tiles` is below what `min_tiles` or the scales of dynamic S2 need.
         """
-        mode, min_tiles, max_tiles, scales, tile_multiple, size = (
+        mode, min_tiles, max_tiles, scales, tile_multiple = (
             kwargs.get(name, getattr(self, name))
-            for name in ("image_mode", "min_tiles", "max_tiles", "s2_scales", "tile_multiple_images", "size")
+            for name in ("image_mode", "min_tiles", "max_tiles", "s2_scales", "tile_multiple_images")
         )
         if mode not in IMAGE_MODES:
             raise ValueError(f"unknown image_mode {mode!r}; known are {', '.join(IMAGE_MODES)}")
@@ -114,11 +117,12 @@ class VilaImageProcessor(PilBackend):
             return [TileGrid(1, 1)] * len(sizes)
         if len(sizes) > 1 and not tile_multiple:
             logger.warning_once(
-                f"A conversation has {len(sizes)} pictures: each is shown as one view without tiles, as in the original "
+                "A conversation has several pictures: each is shown as one view without tiles, as in the original "
                 "inference. Pass `tile_multiple_images=True` to tile every picture at full detail."
             )
             return [TileGrid(1, 1)] * len(sizes)
-        tile_size = tile_side(size)
+        crops = kwargs.get("do_center_crop", self.do_center_crop)
+        tile_size = tile_side(kwargs.get(*(("crop_size", self.crop_size) if crops else ("size", self.size))))
         if mode == "dynamic_s2":
             if not scales:
                 raise ValueError("image_mode 'dynamic_s2' needs s2_scales")
@@ -131,36 +135,63 @@ class VilaImageProcessor(PilBackend):
         """Any accepted picture -> 8-bit RGB as a person sees it."""
         if not isinstance(image, Image.Image):
             image = array_to_image(image, kwargs.get("input_data_format"))
+        load_image(image, "the picture")
         return to_rgb(image, background_color)
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
         conversations = group_by_conversation(self.fetch_images(images))
         tiles: list[Image.Image] = []
         grids: list[TileGrid] = []
-        for conversation in conversations:
-            pictures = [self.process_image(image, **kwargs) for image in conversation]
+        for row, conversation in enumerate(conversations):
+            pictures = []
+            for index, image in enumerate(conversation):
+                with errors_name(f"conversation {row}: picture {index}"):
+                    pictures.append(self.process_image(image, **kwargs))
             chosen = self.tile_grids([(picture.height, picture.width) for picture in pictures], **kwargs)
-            for picture, grid in zip(pictures, chosen):
-                tiles += self._cut(picture, grid, **kwargs)
+            for index, (picture, grid) in enumerate(zip(pictures, chosen)):
+                with errors_name(f"conversation {row}: picture {index}"):
+                    tiles += self._cut(picture, grid, **kwargs)
             grids += chosen
         if not tiles:
             raise ValueError("no picture was given")
         return self._preprocess(tiles, grids, **kwargs)
 
+    def _validate_preprocess_kwargs(self, *args: Any, **kwargs: Any) -> None:
+        super()._validate_preprocess_kwargs(*args, **kwargs)
+        mode, size, color = kwargs["image_mode"], kwargs["size"], kwargs["background_color"]
+        if kwargs["do_pad"]:
+            raise ValueError("do_pad is not supported: use image_mode='pad'")
+        if getattr(kwargs["data_format"], "value", kwargs["data_format"]) not in (None, "channels_first"):
+            raise ValueError("data_format must be 'channels_first', which is what the vision tower takes")
+        if kwargs["do_resize"]:
+            check_size("size", size, {"height", "width"}, {"shortest_edge"})
+        if kwargs["do_center_crop"]:
+            check_size("crop_size", kwargs["crop_size"], {"height", "width"})
+        if mode == "resize" and kwargs["do_resize"] and not (kwargs["do_center_crop"] or size.height):
+            raise ValueError("image_mode 'resize' needs a size with height and width")
+        if mode in ("dynamic", "dynamic_s2") and not kwargs["do_resize"]:
+            raise ValueError(f"image_mode {mode!r} needs do_resize=True")
+        if color is not None and (len(color) != 3 or not all(0 <= channel <= 255 for channel in color)):
+            raise ValueError("background_color must be three numbers of 0 to 255")
+        for name in ("image_mean", "image_std"):
+            if np.size(kwargs[name]) not in (1, 3):
+                raise ValueError(f"{name} must be one number or three")
+        if mode == "pad" and kwargs["image_mean"] is None:
+            raise ValueError("image_mode 'pad' needs image_mean, the colour it pads with")
+
     def _cut(self, picture: Image.Image, grid: TileGrid, **kwargs: Any) -> list[Image.Image]:
         """One RGB picture -> its tiles, not normalised (specs of the release: NVILA §3.1)."""
-        mode, size, crop_size = kwargs["image_mode"], kwargs["size"], kwargs["crop_size"]
+        mode, target = kwargs["image_mode"], kwargs["crop_size"] if kwargs["do_center_crop"] else kwargs["size"]
         if grid.area > 1 and mode == "dynamic":
-            side = tile_side(size)
-            tiles = cut_tiles(picture, grid, side)
-            return tiles + [picture.resize((side, side), Image.Resampling.BICUBIC)]
+            side = tile_side(target)
+            tiles = [*cut_tiles(picture, grid, side), resize(picture, side, side)]
+            return [self._tower_preprocessing(tile, **kwargs) for tile in tiles]
         if grid.area > 1:
             squares = [TileGrid(k, k) for k in scale_splits(kwargs["s2_scales"])[:-1]]
             side = kwargs["s2_scales"][0]
             return [tile for split in [*squares, grid] for tile in cut_tiles(picture, split, side)]
-        if mode == "resize":
-            target = crop_size if kwargs["do_center_crop"] else size
-            picture = picture.resize((target["width"], target["height"]), Image.Resampling.BICUBIC)
+        if mode == "resize" and kwargs["do_resize"]:
+            picture = resize(picture, target["width"], target["height"])
         elif mode == "pad":
             picture = pad_to_square(picture, kwargs["image_mean"])
         return [self._tower_preprocessing(picture, **kwargs)]
@@ -178,19 +209,12 @@ class VilaImageProcessor(PilBackend):
                 )
             else:
                 height, width = size.height, size.width
-            if width * height > MAX_RESIZED_PIXELS:
-                raise ValueError(
-                    f"a picture of {picture.width}x{picture.height} pixels is too narrow for image_mode "
-                    f"{kwargs['image_mode']!r}: it would be enlarged to {width}x{height}"
-                )
-            picture = picture.resize((width, height), kwargs["resample"])
+            picture = resize(picture, width, height, kwargs["resample"])
         if kwargs["do_center_crop"]:
             picture = center_crop(picture, kwargs["crop_size"])
         return picture
 
     def _preprocess(self, images: list[Image.Image], grids: list[TileGrid], **kwargs: Any) -> BatchFeature:
-        if kwargs.get("do_pad"):
-            raise ValueError("do_pad is not supported: use image_mode='pad'")
         table = normalisation_table(**kwargs)
         height, width = images[0].height, images[0].width
         pixel_values = np.empty((len(images), 3, height, width), dtype=np.float32)
@@ -216,7 +240,30 @@ def normalisation_table(
         table = rescale(table, rescale_factor, input_data_format="channels_first")
     if do_normalize:
         table = normalize(table.astype(np.float32), image_mean, image_std, input_data_format="channels_first")
+    if not np.isfinite(table).all():
+        raise ValueError("image_mean, image_std and rescale_factor must be finite and image_std not zero")
     return table[:, 0].astype(np.float32)
+
+
+@contextmanager
+def errors_name(item: str) -> Iterator[None]:
+    """Puts the item of a batch in front of the messages of errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{item}: {error}") from error
+
+
+def check_size(name: str, size: SizeDict, *allowed: set[str]) -> None:
+    if set(dict(size)) not in allowed or min(dict(size).values()) < 1:
+        keys = " or ".join("{" + ", ".join(sorted(keys)) + "}" for keys in allowed)
+        raise ValueError(f"{name} must be {keys} of at least one pixel")
+
+
+def resize(picture: Image.Image, width: int, height: int, resample: int = Image.Resampling.BICUBIC) -> Image.Image:
+    # Pillow brings every row of the picture to the new width before it changes their number
+    check_pixels(width, max(height, picture.height), "resizing the picture")
+    return picture.resize((width, height), resample)
 
 
 def tile_side(size: SizeDict | dict[str, int]) -> int:
@@ -227,20 +274,22 @@ def tile_side(size: SizeDict | dict[str, int]) -> int:
 
 
 def cut_tiles(picture: Image.Image, grid: TileGrid, side: int) -> list[Image.Image]:
-    resized = picture.resize((side * grid.cols, side * grid.rows), Image.Resampling.BICUBIC)
+    resized = resize(picture, side * grid.cols, side * grid.rows)
     return [resized.crop(box) for box in tile_boxes(grid, side)]
 
 
-def pad_to_square(picture: Image.Image, mean: Sequence[float]) -> Image.Image:
+def pad_to_square(picture: Image.Image, mean: float | Sequence[float]) -> Image.Image:
     """The picture centred on a square of the mean colour."""
     side, left, upper = square_padding(picture.width, picture.height)
-    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
+    check_pixels(side, side, "padding the picture")
+    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3)))
     square.paste(picture, (left, upper))
     return square
 
 
-def center_crop(picture: Image.Image, crop_size: SizeDict) -> Image.Image:
+def center_crop(picture: Image.Image, crop_size: Any) -> Image.Image:
     """The middle of the picture; black where the picture is smaller than the crop."""
+    check_pixels(crop_size.width, crop_size.height, "cropping the picture")
     left = (picture.width - crop_size.width) // 2
     upper = (picture.height - crop_size.height) // 2
     return picture.crop((left, upper, left + crop_size.width, upper + crop_size.height))
@@ -256,102 +305,6 @@ def group_by_conversation(images: Any) -> list[list[Any]]:
     if any(nested):
         raise ValueError("images mixes pictures and lists of pictures")
     return [list(images)]
-
-
-def open_image(source: str | bytes | os.PathLike) -> Image.Image:
-    """Opens a picture from an http(s) URL, a path, a data URI, a base64 string or the bytes of a file.
-
-    Raises:
-        ValueError: if the source is none of these or does not hold a picture.
-    """
-    if isinstance(source, bytes):
-        return decode_image(source, "the given bytes")
-    text = os.fspath(source)
-    if text.startswith(("http://", "https://")):
-        response = get_session().get(text, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
-        response.raise_for_status()
-        return decode_image(response.content, "the given URL")
-    if text.startswith("data:"):
-        header, _, payload = text.partition(",")
-        if not header.startswith("data:image/") or not header.endswith(";base64"):
-            raise ValueError("a data URI must be of the form data:image/<type>;base64,<data>")
-        return decode_image(decode_base64(payload), "the given data URI")
-    if len(text) < 4096 and os.path.isfile(text):
-        with open(text, "rb") as file:
-            return decode_image(file.read(), f"the file {os.path.basename(text)!r}")
-    try:
-        data = decode_base64(text)
-    except ValueError as error:
-        shown = text if len(text) <= 200 else text[:200] + "..."
-        raise ValueError(f"not an http(s) URL, an existing file or a base64 string: {shown!r}") from error
-    return decode_image(data, "the given base64 string")
-
-
-def decode_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError("not valid base64") from error
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decodes the whole picture now, so that a truncated file fails here and not in the middle of a batch."""
-    try:
-        image = Image.open(BytesIO(data))
-        image.load()
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} holds no picture that Pillow can read") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} holds a broken or truncated picture") from error
-    return image
-
-
-def to_rgb(image: Image.Image, background_color: Sequence[int] | None = None) -> Image.Image:
-    """8-bit RGB, turned as its EXIF orientation says.
-
-    16-bit and float pictures are scaled to 8 bits (PIL would clip them to white). Transparency is laid on
-    `background_color`, or dropped, as in the original, if that is None.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = array_to_image(np.asarray(image))
-    if image.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode == "RGBA" and background_color is not None:
-        canvas = Image.new("RGBA", image.size, (*background_color, 255))
-        image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
-
-
-def array_to_image(array: Any, input_data_format: Any = None) -> Image.Image:
-    """Array or tensor, `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels -> 8-bit picture.
-
-    Floats are taken as 0-1 if all lie in that range, else as 0-255; wider integers as 16-bit if a value exceeds 255.
-    """
-    pixels = np.asarray(array)
-    if pixels.ndim not in (2, 3) or pixels.size == 0:
-        raise ValueError(f"a picture must have 2 or 3 non-empty dimensions, got shape {pixels.shape}")
-    if pixels.ndim == 3:
-        first = pixels.shape[0] in (1, 3, 4) and pixels.shape[-1] not in (1, 3, 4)
-        ambiguous = pixels.shape[0] in (1, 3, 4) and pixels.shape[-1] in (1, 3, 4)
-        layout = getattr(input_data_format, "value", input_data_format)
-        if layout == "channels_first" or (layout is None and (first or (ambiguous and pixels.shape[-1] != 3))):
-            pixels = np.moveaxis(pixels, 0, -1)
-        if pixels.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"a picture must have 1, 3 or 4 channels, got shape {np.shape(array)}")
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * 255
-    elif np.issubdtype(pixels.dtype, np.floating):
-        if not np.isfinite(pixels).all():
-            raise ValueError("a picture must not hold NaN or infinite values")
-        scale = 255.0 if pixels.min() >= 0 and pixels.max() <= 1 else 1.0
-        pixels = np.clip(np.rint(pixels * scale), 0, 255)
-    elif pixels.dtype != np.uint8:
-        if not np.issubdtype(pixels.dtype, np.integer):
-            raise ValueError(f"a picture must hold numbers, got dtype {pixels.dtype}")
-        pixels = np.clip(pixels, 0, 65535) // (257 if pixels.max() > 255 else 1)
-    pixels = np.ascontiguousarray(pixels.astype(np.uint8))
-    return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
 
 
 __all__ = ["VilaImageProcessor"]

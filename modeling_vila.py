@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -325,6 +326,8 @@ class VilaModel(VilaPreTrainedModel):
             features = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, features).to(inputs_embeds.device)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
+        elif input_ids is not None and past_key_values is None:
+            self.get_placeholder_mask(input_ids, inputs_embeds[0, :0])
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -423,13 +426,28 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
         A continued chat is processed as a whole, pictures of earlier turns included. What lies in the cache is not
         encoded a second time.
         """
-        input_ids = kwargs.get("input_ids", inputs)
-        cache = kwargs.get("past_key_values")
-        if input_ids is not None and kwargs.get("pixel_values") is not None and isinstance(cache, Cache):
+        input_ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        cache, cached = kwargs.get("past_key_values"), 0
+        # a mask that is longer than the ids says that they are those of the new turn alone
+        if input_ids is not None and isinstance(cache, Cache) and (mask is None or mask.shape == input_ids.shape):
+            cached = cache.get_seq_length()
+        if input_ids is not None and kwargs.get("pixel_values") is not None:
             kwargs |= self._drop_cached_pictures(
-                input_ids, cache.get_seq_length(), kwargs["pixel_values"], kwargs.get("image_grid_thw")
+                input_ids, cached, kwargs["pixel_values"], kwargs.get("image_grid_thw")
             )
+        if kwargs.get("pixel_values") is None:
+            kwargs.pop("pixel_values", None)  # GenerationMixin encodes what is named, even None
+            if input_ids is not None and not kwargs.get("mm_encoder_outputs"):
+                self.model.get_placeholder_mask(input_ids[:, cached:], torch.empty(0))
         return super().generate(inputs, *args, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        """`GenerationMixin`'s; prompt lookup reads logits at ids of the prompt, which may be placeholders."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            last_id = max(self.config.image_token_id, self.config.video_token_id)
+            generator.vocab_size = max(self.config.text_config.vocab_size, last_id + 1)
+        return generator
 
     def _drop_cached_pictures(
         self, input_ids: torch.Tensor, cached: int, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None

@@ -51,7 +51,7 @@ INTERN_FIXED = {"norm_type": "rms_norm", "use_mean_pooling": True, "use_absolute
 
 
 def to_vila_config(
-    root: dict[str, Any], llm: dict[str, Any], tower: dict[str, Any], projector: dict[str, Any], **ids: int
+    root: dict[str, Any], llm: dict[str, Any], tower: dict[str, Any], projector: dict[str, Any], **ids: Any
 ) -> VilaConfig:
     """Configs of the root and of the three folders -> `VilaConfig`.
 
@@ -70,12 +70,13 @@ def to_vila_config(
         )
     if "mm_projector_type" not in projector:
         raise ValueError("mm_projector/config.json: mm_projector_type is missing")
-    default_feature = "cls_patch" if tower_type == "siglip_vision_model" else "patch"  # those with a class token drop it
+    # towers with a class token drop it
+    default_feature = "cls_patch" if tower_type == "siglip_vision_model" else "patch"
     feature = root.get("mm_vision_select_feature") or default_feature
     if feature not in ("cls_patch", "patch"):
         raise ValueError(f"config.json: mm_vision_select_feature {feature!r} is neither 'cls_patch' nor 'patch'")
     layer = root.get("mm_vision_select_layer")
-    scales = {}
+    scales: dict[str, Any] = {}
     if root.get("s2") or root.get("dynamic_s2"):
         scales = {
             "s2": bool(root.get("s2")) and not root.get("dynamic_s2"),

@@ -6,31 +6,47 @@
 - Inserted ids have the character offset (0, 0), so that assistant masks cover what the assistant wrote and no picture.
 """
 
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
+from transformers.utils import logging
 
 from .chat_vila import (
-    LITERAL_START,
     Offset,
+    break_offsets,
     check_message,
     control_token_pattern,
+    escape_breaks,
     map_chats,
     mark_literals,
     message_ends,
     tokenize,
-    without_literals,
+    without_breaks,
 )
 from .geometry_vila import TileGrid, num_image_tokens, num_tiles
 from .image_processing_vila import VilaImagesKwargs, group_by_conversation
 
+logger = logging.get_logger(__name__)
+
+UNSUPPORTED_TEXT_OPTIONS = (
+    "text_pair",
+    "text_target",
+    "text_pair_target",
+    "is_split_into_words",
+    "stride",
+    "return_overflowing_tokens",
+    "return_special_tokens_mask",
+    "return_token_type_ids",
+    "return_length",
+)
+
 
 class VilaProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: VilaImagesKwargs
+    images_kwargs: VilaImagesKwargs  # type: ignore[misc]
 
 
 class EncodedPrompt(NamedTuple):
@@ -54,7 +70,7 @@ class VilaProcessor(ProcessorMixin):
             inference code does; `None` gives the bare views of older training code.
     """
 
-    valid_processor_kwargs = VilaProcessorKwargs
+    valid_processor_kwargs = VilaProcessorKwargs  # type: ignore[assignment]
     image_token = "<image>"
     video_token = "<vila/video>"
     text_kwargs = {"padding": True, "padding_side": "left"}
@@ -69,6 +85,8 @@ class VilaProcessor(ProcessorMixin):
         image_start_tokens: str | None = None,
         image_end_tokens: str | None = "\n",
     ):
+        if isinstance(num_tile_tokens, bool) or not isinstance(num_tile_tokens, int) or num_tile_tokens < 1:
+            raise ValueError("num_tile_tokens must be a positive whole number")
         self.num_tile_tokens = num_tile_tokens
         self.s2_output_scale = s2_output_scale
         self.image_start_tokens = image_start_tokens
@@ -102,13 +120,15 @@ class VilaProcessor(ProcessorMixin):
             `image_grid_thw`, see `VilaImageProcessor`.
 
         Raises:
-            ValueError: if pictures and `<image>` tokens differ in number, or the prompt is truncated inside a picture.
+            ValueError: if pictures and `<image>` tokens differ in number, a prompt is no text or has no tokens, an
+                option has the wrong type, or a prompt is truncated inside a picture.
         """
-        if videos is not None:
-            raise ValueError("this processor takes pictures and text, no video")
-        prompts = [text] if isinstance(text, str) else list(text or [])
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("text must be a string or a non-empty list of strings")
+        if videos is not None or kwargs.pop("audio", None) is not None:
+            raise ValueError("this processor takes pictures and text, no video or audio")
+        prompts = check_prompts(text)
+        if rendered_special_tokens is None:
+            # only `apply_chat_template` puts breaks into a text: here they are characters like others
+            prompts = [escape_breaks(prompt) for prompt in prompts]
         merged = self._merge_kwargs(VilaProcessorKwargs, self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
@@ -119,29 +139,45 @@ class VilaProcessor(ProcessorMixin):
         image_data, grids = self._process_pictures(images, prompts, images_kwargs)
         add_special_tokens = text_kwargs.get("add_special_tokens", True)
         rows = [self._encode(prompt, row, add_special_tokens) for prompt, row in zip(prompts, grids)]
+        for number, row in enumerate(rows):
+            if not row.ids:
+                raise ValueError(f"prompt {number} has no tokens")
         text_data = self._batch(rows, **text_kwargs)
-        return BatchFeature({**text_data, **image_data}, tensor_type=text_kwargs.get("return_tensors"))
+        if text_kwargs["return_text_replacement_offsets"]:
+            text_data["text_replacement_offsets"] = [break_offsets(prompt) for prompt in prompts]
+        return BatchFeature(
+            {**text_data, **image_data},
+            tensor_type=text_kwargs.get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
+        )
+
+    def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
+        try:
+            return super()._merge_kwargs(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
 
     def _process_pictures(
         self, images: Any, prompts: list[str], images_kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], list[list[TileGrid]]]:
         """Pixels of all pictures, and the grids of each prompt's pictures."""
-        texts = [without_literals(prompt) for prompt in prompts]
-        counts = [text.count(self.image_token) for text in texts]
-        if videos := sum(text.count(self.video_token) for text in texts):
+        counts = [prompt.count(self.image_token) for prompt in prompts]
+        if videos := sum(prompt.count(self.video_token) for prompt in prompts):
             raise ValueError(f"the text has {videos} {self.video_token} token(s), but no video was given")
         given = [] if images is None else group_by_conversation(self.image_processor.fetch_images(images))
         pictures = [picture for conversation in given for picture in conversation]
-        if len(pictures) != sum(counts):
-            raise ValueError(
-                f"the text has {sum(counts)} {self.image_token} token(s), but {len(pictures)} picture(s) were given"
-            )
         if len(given) == len(prompts):
             for row, (conversation, count) in enumerate(zip(given, counts)):
                 if len(conversation) != count:
                     raise ValueError(
                         f"prompt {row} has {count} {self.image_token} token(s), but {len(conversation)} picture(s)"
                     )
+        elif len(given) > 1:
+            raise ValueError(f"there are {len(prompts)} prompt(s), but {len(given)} lists of pictures")
+        if len(pictures) != sum(counts):
+            raise ValueError(
+                f"the text has {sum(counts)} {self.image_token} token(s), but {len(pictures)} picture(s) were given"
+            )
         if not pictures:
             return {}, [[] for _ in prompts]
         remaining = iter(pictures)
@@ -169,7 +205,7 @@ class VilaProcessor(ProcessorMixin):
         return self.image_processor.s2_scales if self.image_processor.image_mode == "dynamic_s2" else None
 
     def _encode(self, prompt: str, grids: list[TileGrid], add_special_tokens: bool) -> EncodedPrompt:
-        """One prompt -> its ids, offsets in `prompt`, and token types (1: picture)."""
+        """One prompt -> its ids, offsets in the prompt as it was typed, and token types (1: picture)."""
         text, breaks = self._add_tile_breaks(prompt, grids)
         encoded = EncodedPrompt([], [], [])
         pictures = iter(grids)
@@ -177,7 +213,9 @@ class VilaProcessor(ProcessorMixin):
             is_picture = token == self.image_token_id
             ids = self.image_block(next(pictures)) if is_picture else [token]
             # the line breaks added for tiles do not exist in the caller's prompt
-            offset = (0, 0) if is_picture else (start - bisect_left(breaks, start), end - bisect_left(breaks, end))
+            offset = (start - bisect_left(breaks, start), end - bisect_left(breaks, end))
+            if is_picture or offset[0] == offset[1]:
+                offset = (0, 0)
             encoded.ids.extend(ids)
             encoded.offsets.extend([offset] * len(ids))
             encoded.types.extend([int(is_picture)] * len(ids))
@@ -186,16 +224,16 @@ class VilaProcessor(ProcessorMixin):
     def _add_tile_breaks(self, prompt: str, grids: list[TileGrid]) -> tuple[str, list[int]]:
         """Adds the line break that the original puts behind the last tile, unless the picture ends its message.
 
-        Returns the text and the positions of the added characters in it.
+        Returns the text and the positions of the added characters in it, not counting the breaks in typed tokens.
         """
         if self._dynamic_scales or all(grid.area == 1 for grid in grids):
             return prompt, []
-        first, *rest = re.split(f"(?<!{LITERAL_START}){re.escape(self.image_token)}", prompt)
+        first, *rest = prompt.split(self.image_token)
         text, breaks = first, []
         for index, (following, grid) in enumerate(zip(rest, grids)):
             text += self.image_token
             if grid.area > 1 and not self._ends_message(following, is_last=index == len(rest) - 1):
-                breaks.append(len(text))
+                breaks.append(len(without_breaks(text)))
                 text += "\n"
             text += following
         return text, breaks
@@ -204,9 +242,8 @@ class VilaProcessor(ProcessorMixin):
         """Whether what follows a picture was written by the chat template and not in the picture's message."""
         tokenizer = self.tokenizer
         template = self.chat_template if isinstance(self.chat_template, str) else None
-        between, at_end = message_ends(
-            template, self.image_token, tokenizer.bos_token or "", tokenizer.eos_token or ""
-        )
+        special_tokens = (tokenizer.bos_token or "", tokenizer.eos_token or "")
+        between, at_end = message_ends(template, self.image_token, *special_tokens)
         return following.startswith(tuple(between)) or (is_last and (following in at_end or not following.strip()))
 
     def _batch(
@@ -219,9 +256,14 @@ class VilaProcessor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         return_offsets_mapping: bool = False,
         return_mm_token_type_ids: bool = False,
+        return_attention_mask: bool | None = True,
         **kwargs: Any,
     ) -> dict[str, list]:
         """Truncates and pads the prompts to equal length."""
+        if ignored := [name for name in UNSUPPORTED_TEXT_OPTIONS if kwargs.get(name)]:
+            logger.warning_once(f"This processor ignores the text options {', '.join(ignored)}.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
         if truncation and truncation != "do_not_truncate":
             rows = [self._truncate(row, max_length or self.tokenizer.model_max_length) for row in rows]
         data = dict(
@@ -229,9 +271,9 @@ class VilaProcessor(ProcessorMixin):
                 {"input_ids": [row.ids for row in rows]},
                 padding=padding,
                 padding_side=padding_side,
-                max_length=max_length,
+                max_length=max_length if padding == "max_length" else None,
                 pad_to_multiple_of=pad_to_multiple_of,
-                return_attention_mask=True,
+                return_attention_mask=return_attention_mask is not False,
             )
         )
 
@@ -271,11 +313,11 @@ class VilaProcessor(ProcessorMixin):
         """
         conversation = map_chats(conversation, check_message)
         if kwargs.get("tokenize"):
-            if sanitize_control_tokens:
-                control_tokens = control_token_pattern(self.tokenizer)
-                conversation = map_chats(conversation, lambda message, _: mark_literals(message, control_tokens))
+            control_tokens = control_token_pattern(self.tokenizer) if sanitize_control_tokens else None
+            conversation = map_chats(conversation, lambda message, _: mark_literals(message, control_tokens))
             processor_kwargs = dict(kwargs.get("processor_kwargs") or {})
-            special = processor_kwargs.pop("add_special_tokens", kwargs.pop("add_special_tokens", True))
+            special = (processor_kwargs.get("text_kwargs") or {}).get("add_special_tokens", True)
+            special = processor_kwargs.pop("add_special_tokens", kwargs.pop("add_special_tokens", special))
             kwargs["processor_kwargs"] = {**processor_kwargs, "rendered_special_tokens": special}
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
@@ -295,6 +337,24 @@ class VilaProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+
+
+def check_prompts(text: Any) -> list[str]:
+    """One or several prompts as a list.
+
+    Raises:
+        ValueError: if they are no strings, there is none, or one is no valid Unicode.
+    """
+    prompts = [text] if isinstance(text, str) else text
+    is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0
+    if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("text must be a string or a non-empty list of strings")
+    for row, prompt in enumerate(prompts):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt {row} holds half of a surrogate pair, which is no character") from error
+    return list(prompts)
 
 
 __all__ = ["VilaProcessor"]

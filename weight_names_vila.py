@@ -61,7 +61,8 @@ class LoadOnlyRenaming(WeightRenaming):
 
 def weight_transforms() -> list[WeightRenaming | WeightConverter]:
     """The table in the form that transformers applies on load and, from its end, on save."""
-    transforms = [LoadOnlyRenaming(name, whole) for name, whole in FOLDER_NAMES.items()]
+    transforms: list[WeightRenaming | WeightConverter] = []
+    transforms += [LoadOnlyRenaming(name, whole) for name, whole in FOLDER_NAMES.items()]
     transforms += [WeightRenaming("^" + re.escape(whole), module) for whole, module in MODULE_PREFIXES.items()]
     # behind the general tower prefix, so that on save, which goes from the end, they are applied before it
     whole, module = INTERN_PREFIXES

@@ -7,7 +7,6 @@ import zipfile
 from importlib.metadata import requires
 
 import pytest
-
 from conftest import COMMITTED_GOLDENS, REPOSITORY
 
 HARD_REQUIREMENTS = {"torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "pillow", "av"}
@@ -15,7 +14,9 @@ HARD_REQUIREMENTS = {"torch", "transformers", "safetensors", "huggingface_hub", 
 
 def test_hard_requirements_stay_few():
     requirements = [requirement for requirement in requires("vila-hf") if "extra ==" not in requirement]
-    assert {re.match(r"[\w.-]+", requirement)[0].replace("-", "_") for requirement in requirements} == HARD_REQUIREMENTS
+    assert {
+        re.match(r"[\w.-]+", requirement)[0].replace("-", "_") for requirement in requirements
+    } == HARD_REQUIREMENTS
 
 
 def test_committed_goldens_stay_small():

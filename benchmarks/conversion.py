@@ -1,0 +1,101 @@
+"""Time and memory of `vila-convert`: `python benchmarks/conversion.py`.
+
+Linking is measured on a 15B layout whose weight files are sparse (headers are real, data are holes), copying on three
+shards of 512 MiB beside a plain `shutil.copyfile` of the same bytes. Prints one line per figure.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = REPOSITORY / "tests" / "goldens" / "vila" / "nvila_lite_image" / "checkpoint"
+MIB = 2**20
+
+
+def write_sparse(path: Path, tensors: dict[str, list[int]]) -> None:
+    """A safetensors file with a valid header whose bfloat16 data are a hole."""
+    header, offset = {}, 0
+    for name, shape in tensors.items():
+        size = 2
+        for extent in shape:
+            size *= extent
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+
+
+def make_layout(folder: Path, shards: int, layers: int, hidden: int) -> None:
+    """The tiny checkpoint's folder with a language model of other files; configs do not matter for this figure."""
+    shutil.copytree(TINY, folder)
+    (folder / "llm" / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        names = {
+            f"model.layers.{layer}.mlp.{part}_proj.weight": [4 * hidden, hidden]
+            for layer in range(shard * layers // shards, (shard + 1) * layers // shards)
+            for part in ("gate", "up", "down")
+        }
+        write_sparse(folder / "llm" / file, names)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "llm" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def convert_in_child(*arguments: str | Path) -> tuple[float, float]:
+    """Seconds of the conversion without imports, and the process's peak resident MiB above that after imports."""
+    script = (
+        "import resource, sys, time\n"
+        "from vila.conversion_vila import convert\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = time.perf_counter()\n"
+        "convert(sys.argv[1], sys.argv[2], copy=sys.argv[3:] == ['--copy'])\n"
+        "seconds = time.perf_counter() - start\n"
+        "print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    seconds, peak = output.split()[-2:]
+    return float(seconds), float(peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
+        make_layout(folder / "large", shards=6, layers=48, hidden=5120)
+        size = sum(path.stat().st_size for path in (folder / "large").rglob("*.safetensors"))
+        runs = [convert_in_child(folder / "large", folder / f"linked{run}") for run in range(repeats)]
+        seconds, peak = (statistics.median(column) for column in zip(*runs))
+        sys.stdout.write(f"link {size / 1e9:.1f} GB: {seconds:.2f} s, peak +{peak:.0f} MiB\n")
+
+        make_layout(folder / "middle", shards=3, layers=15, hidden=2048)
+        shard = max(path.stat().st_size for path in (folder / "middle").rglob("*.safetensors")) / MIB
+        ratios, peaks = [], []
+        for run in range(repeats):
+            start = time.perf_counter()
+            for path in (folder / "middle" / "llm").glob("*.safetensors"):
+                shutil.copyfile(path, folder / "peer")
+            plain = time.perf_counter() - start
+            seconds, peak = convert_in_child(folder / "middle", folder / f"copied{run}", "--copy")
+            shutil.rmtree(folder / f"copied{run}")
+            ratios.append(seconds / plain)
+            peaks.append(peak / shard)
+        sys.stdout.write(
+            f"copy 3 shards of {shard:.0f} MiB: {statistics.median(ratios):.2f} x the time of shutil.copyfile, "
+            f"peak memory {statistics.median(peaks):.2f} x one shard\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
