@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import wraps
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -17,6 +17,13 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .geometry_vila import crops_per_side, num_tile_tokens, patches_per_side
+
+if TYPE_CHECKING:  # what is given; once the config is made, a config object and a list
+    SubConfig = Any
+    Scales = Any
+else:
+    SubConfig = dict | PreTrainedConfig | None
+    Scales = str | list[int] | tuple[int, ...] | None
 
 # Space-to-channel factor of every projector type that merges patches, see `VilaMultiModalProjector`.
 DOWNSAMPLE_FACTORS = {
@@ -82,9 +89,8 @@ class VilaConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
     }
 
-    # given as a dictionary or a config of any class; config objects once this one is made
-    vision_config: Any = None
-    text_config: Any = None
+    vision_config: SubConfig = None
+    text_config: SubConfig = None
     image_token_id: int = 151649
     video_token_id: int = 151650
     projector_type: str = "mlp_downsample"
@@ -92,7 +98,7 @@ class VilaConfig(PreTrainedConfig):
     vision_feature_select_strategy: Literal["default", "full"] = "full"
     s2: bool = False
     dynamic_s2: bool = False
-    s2_scales: Any = None
+    s2_scales: Scales = None
     s2_max_split_size: int | None = None
     s2_resize_output_to_scale_idx: int = 0
     vision_chunk_size: int = 8

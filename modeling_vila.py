@@ -5,8 +5,7 @@
 - `input_ids` already holds one placeholder per feature row: the model fills them in and counts nothing.
 - Placeholder ids may lie beyond the embedding table, which therefore never has to grow.
 
-Shape letters: N tiles, L tokens of a tile, D tower channels, S side of a map in patches, T tokens and H channels after
-the projector.
+Shape letters: N tiles, L tokens of a tile, D tower channels, S side of a map in patches.
 """
 
 from collections.abc import Iterator
@@ -24,111 +23,19 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_vila import PLAIN_PROJECTOR, VilaConfig
+from .configuration_vila import VilaConfig
 from .geometry_vila import TileGrid, crops_per_side, num_image_tokens, num_tiles, output_blocks, scale_splits
-from .weight_names_vila import PART_PREFIXES as PART_PREFIXES
+from .vision_vila import (
+    VilaMultiModalProjector,
+    build_vision_tower,
+    concat_scales,
+    merge_blocks,
+    split_blocks,
+    to_map,
+)
+from .weight_names_vila import register_weight_names
 
-# Widths of the hidden layers as multiples of the tower's channels; the first is what space-to-channel gives.
-PROJECTOR_WIDTHS: dict[str, tuple[float, ...]] = {
-    "mlp_downsample": (4,),
-    "mlp_downsample_2x2_fix": (4,),
-    "mlp_downsample_3x3_fix": (9, 3),
-    "mlp_downsample_3x3_s2": (9, 3, 1, 1 / 3),
-    "mlp_downsample_3x3_s2_new": (9, 4, 2, 1, 1 / 3),
-}
-
-
-def to_map(features_NLD: torch.Tensor) -> torch.Tensor:
-    """`(N, S*S, D)` tokens of square maps -> `(N, S, S, D)`."""
-    side = int(features_NLD.shape[1] ** 0.5)
-    return features_NLD.unflatten(1, (side, side))
-
-
-def merge_blocks(maps_NSSD: torch.Tensor, grid: TileGrid) -> torch.Tensor:
-    """`(rows*cols, S, S, D)` maps in row-major order -> one `(rows*S, cols*S, D)` map."""
-    rows_of_maps = maps_NSSD.unflatten(0, grid)
-    return rows_of_maps.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-
-
-def split_blocks(map_SSD: torch.Tensor, grid: TileGrid) -> torch.Tensor:
-    """Inverse of `merge_blocks`: one map -> `(rows*cols, S, S, D)`."""
-    blocks = map_SSD.unflatten(1, (grid.cols, -1)).unflatten(0, (grid.rows, -1))
-    return blocks.transpose(1, 2).flatten(0, 1)
-
-
-def concat_scales(maps: list[torch.Tensor], output_scale: int) -> torch.Tensor:
-    """Maps `(..., S_i, S_i, D)` of several scales -> one map with the channels of all, at the size of one of them."""
-    size = maps[output_scale].shape[-3:-1]
-    resized = []
-    for scale_map in maps:
-        batched = scale_map.reshape(-1, *scale_map.shape[-3:]).permute(0, 3, 1, 2)
-        # float32 as in S2-Wrapper: averaging in half precision would lose bits that the projector was trained on
-        pooled = F.interpolate(batched.float(), size=size, mode="area").to(scale_map.dtype)
-        resized.append(pooled.permute(0, 2, 3, 1).reshape(*scale_map.shape[:-3], *size, -1))
-    return torch.cat(resized, dim=-1)
-
-
-class VilaSpaceToChannel(nn.Module):
-    """Merges `factor` x `factor` patches into one token by concatenating their channels (NVILA §3.1, "compress")."""
-
-    def __init__(self, factor: int):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, features_NLD: torch.Tensor) -> torch.Tensor:
-        maps = to_map(features_NLD)
-        missing = -maps.shape[1] % self.factor
-        # a map that does not divide is padded with zeros at the bottom and the right
-        maps = F.pad(maps, (0, 0, 0, missing, 0, missing))
-        side = maps.shape[1] // self.factor
-        cells = maps.unflatten(2, (side, self.factor)).unflatten(1, (side, self.factor))
-        return cells.transpose(2, 3).flatten(3, 5).flatten(1, 2)
-
-
-class VilaMultiModalProjector(nn.Module):
-    """Tower features -> language model embeddings, `(N, L, D) -> (N, T, H)`.
-
-    The layers sit at the indices that the original checkpoints name them by.
-    """
-
-    def __init__(self, config: VilaConfig):
-        super().__init__()
-        channels, hidden = config.feature_size, config.text_config.hidden_size
-        kind = config.projector_type
-        if kind == "identity":
-            self.layers: nn.Module = nn.Identity()
-        elif kind == "linear":
-            self.layers = nn.Linear(channels, hidden)
-        elif match := PLAIN_PROJECTOR.fullmatch(kind):
-            modules: list[nn.Module] = [nn.Linear(channels, hidden)]
-            for _ in range(int(match.group(1)) - 1):
-                modules += [nn.GELU(), nn.Linear(hidden, hidden)]
-            self.layers = nn.Sequential(*modules)
-        else:
-            widths = [int(channels * multiple) for multiple in PROJECTOR_WIDTHS[kind]]
-            modules = [VilaSpaceToChannel(config.downsample_factor)]
-            for width, next_width in zip(widths, [*widths[1:], hidden]):
-                modules += [nn.LayerNorm(width), nn.Linear(width, next_width), nn.GELU()]
-            self.layers = nn.Sequential(*modules, nn.Linear(hidden, hidden))
-
-    def forward(self, features_NLD: torch.Tensor) -> torch.Tensor:
-        return self.layers(features_NLD)
-
-
-def build_vision_tower(config: VilaConfig) -> PreTrainedModel:
-    """The tower of `config.vision_config` without the layers, final norm and head behind the selected hidden state.
-
-    `last_hidden_state` of the result is the hidden state that `vision_feature_layer` names.
-    """
-    tower = AutoModel.from_config(config.vision_config)
-    layers = next(module for module in tower.encoder.children() if isinstance(module, nn.ModuleList))
-    del layers[config.num_vision_layers :]
-    for norm in ("post_layernorm", "layernorm"):
-        if hasattr(tower, norm):
-            setattr(tower, norm, nn.Identity())
-    if getattr(tower, "head", None) is not None:
-        tower.use_head, tower.head = False, None
-    return tower
+register_weight_names()
 
 
 @dataclass
@@ -160,7 +67,7 @@ class VilaPreTrainedModel(PreTrainedModel):
     config: VilaConfig
     config_class = VilaConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -215,7 +122,7 @@ class VilaModel(VilaPreTrainedModel):
             encoded = torch.cat([self.multi_modal_projector(self._encode_tiles(c, **kwargs)) for c in chunks])
             tiles = encoded.split([num_tiles(grid) for grid in grids])
             features = [picture.flatten(0, 1) for picture in tiles]
-        return BaseModelOutputWithPooling(pooler_output=features)
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
     def _tile_grids(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None) -> list[TileGrid]:
         if image_grid_thw is None:
@@ -314,26 +221,25 @@ class VilaModel(VilaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        encoded = (mm_encoder_outputs or {}).get("image")
+        encoded: Any = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             if encoded is not None:
                 raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
             encoded = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
 
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_text(input_ids)
+        embeds: Any = inputs_embeds if input_ids is None else self.embed_text(input_ids)
         if encoded is not None:
-            features = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, features).to(inputs_embeds.device)
-            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
+            features = torch.cat(list(encoded.pooler_output)).to(embeds.device, embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, features).to(embeds.device)
+            embeds = embeds.masked_scatter(mask.unsqueeze(-1), features)
         elif input_ids is not None and past_key_values is None:
-            self.get_placeholder_mask(input_ids, inputs_embeds[0, :0])
+            self.get_placeholder_mask(input_ids, embeds[0, :0])
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             **kwargs,
         )
         return VilaModelOutputWithPast(
@@ -407,9 +313,9 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            labels = labels.masked_fill(is_placeholder(labels, self.config), -100)
+            targets = labels.masked_fill(is_placeholder(labels, self.config), -100)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                logits=logits, labels=targets, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return VilaCausalLMOutputWithPast(
             loss=loss,
@@ -439,11 +345,11 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
             kwargs.pop("pixel_values", None)  # GenerationMixin encodes what is named, even None
             if input_ids is not None and not kwargs.get("mm_encoder_outputs"):
                 self.model.get_placeholder_mask(input_ids[:, cached:], torch.empty(0))
-        return super().generate(inputs, *args, **kwargs)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         """`GenerationMixin`'s; prompt lookup reads logits at ids of the prompt, which may be placeholders."""
-        generator = super()._get_candidate_generator(*args, **kwargs)
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
         if isinstance(generator, PromptLookupCandidateGenerator):
             last_id = max(self.config.image_token_id, self.config.video_token_id)
             generator.vocab_size = max(self.config.text_config.vocab_size, last_id + 1)

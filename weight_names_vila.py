@@ -91,4 +91,6 @@ def original_name(name: str) -> tuple[str, str]:
     raise KeyError(name)
 
 
-register_checkpoint_conversion_mapping("vila", weight_transforms(), overwrite=True)
+def register_weight_names() -> None:
+    """Makes `from_pretrained` and `save_pretrained` of VILA models go through the table."""
+    register_checkpoint_conversion_mapping("vila", weight_transforms(), overwrite=True)

@@ -533,6 +533,10 @@ def test_a_batch_of_chats_continues_with_new_pictures(loaded, checkpoint, second
     encoded = sum(case.tiles)
     assert_same(continued, case.logits(whole, use_cache=False))
     assert encoded == len(new.get("pixel_values", []))
+    for row in range(2):
+        unpadded = ids[row : row + 1, whole["attention_mask"][row] == 1]
+        alone = {"input_ids": unpadded, "pixel_values": pixel_values[row], "image_grid_thw": grids[row]}
+        assert_same(continued[row], case.logits(alone)[0])
 
 
 def test_a_cache_that_ends_inside_a_picture_is_refused(loaded):

@@ -30,7 +30,7 @@ from vila.geometry_vila import (
     tile_boxes,
     tile_grid_candidates,
 )
-from vila.modeling_vila import VilaMultiModalProjector
+from vila.vision_vila import VilaMultiModalProjector
 
 # no deadline: other work on the machine must not fail a test
 settings.register_profile("geometry", deadline=None, database=None)

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vila.configuration_vila import VilaConfig
-from vila.modeling_vila import VilaForConditionalGeneration, VilaModel, VilaMultiModalProjector
+from vila.modeling_vila import VilaForConditionalGeneration, VilaModel
+from vila.vision_vila import VilaMultiModalProjector
 
 TILE, SIDE = 42, 3  # pixels and patches per side of a tile of `tiny_config`
 SCALES = [TILE, 2 * TILE, 3 * TILE]
@@ -179,9 +180,10 @@ def test_siglip_head_is_not_built_where_the_config_asks_for_one():
 @pytest.mark.parametrize(("strategy", "tokens"), [("default", SIDE**2), ("full", SIDE**2 + 1)])
 def test_class_token_is_dropped_by_the_default_strategy_only(strategy, tokens):
     options = {"vision_feature_select_strategy": strategy, "projector_type": "linear"}
-    model = VilaModel(tiny_config({"model_type": "clip_vision_model"}, **options))
-    assert model.get_image_features(pixels(1)).pooler_output[0].shape == (tokens, 16)
+    model = randomize(VilaModel(tiny_config({"model_type": "clip_vision_model"}, **options)))
+    hidden = hidden_states(model.vision_tower, pixels(1))[-1][0, -tokens:]
     assert model.config.num_tile_tokens == tokens
+    close(model.get_image_features(pixels(1)).pooler_output[0], model.multi_modal_projector(hidden))
 
 
 # ---- projectors
