@@ -95,7 +95,7 @@ def convert(
         except StrictDataclassError as error:
             raise ValueError(f"a config of {source} makes no sense: {error}") from error
         if not copy:
-            index_parts(shards, staging)
+            index_parts(shards, staging, separator="/" if in_place else "-")
         target.mkdir(parents=True, exist_ok=True)
         place_files(staging, target)
     if copy:

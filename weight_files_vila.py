@@ -77,21 +77,26 @@ def write_index(path: Path, weight_map: dict[str, str], num_bytes: int) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def index_parts(shards: dict[str, list[Shard]], target: Path) -> None:
-    """Writes an index that points into the part folders; names stay those of the files."""
+def index_parts(shards: dict[str, list[Shard]], target: Path, separator: str) -> None:
+    """Writes an index of the files as they are: `/` points into the part folders, `-` to the links of `link_parts`."""
     weight_map = {
-        name: f"{part}/{shard.path.name}" for part, files in shards.items() for shard in files for name in shard.shapes
+        name: f"{part}{separator}{shard.path.name}"
+        for part, files in shards.items()
+        for shard in files
+        for name in shard.shapes
     }
     num_bytes = sum(shard.num_bytes for files in shards.values() for shard in files)
     write_index(target / INDEX, weight_map, num_bytes)
 
 
 def link_parts(shards: dict[str, list[Shard]], target: Path) -> None:
-    """Links the weight files of every part into `target`, by symbolic link."""
+    """Links the weight files of every part into `target`, by symbolic link.
+
+    The links lie side by side: transformers' disk offload looks for all files of a model in one folder.
+    """
     for part, files in shards.items():
-        (target / part).mkdir(exist_ok=True)
         for shard in files:
-            os.symlink(shard.path.resolve(), target / part / shard.path.name)
+            os.symlink(shard.path.resolve(), target / f"{part}-{shard.path.name}")
 
 
 def copy_to_root(shards: dict[str, list[Shard]], target: Path) -> None:
@@ -111,9 +116,10 @@ def copy_to_root(shards: dict[str, list[Shard]], target: Path) -> None:
 
 def placed_names(shard: Shard) -> dict[str, tuple[str, str]]:
     """Name in the file -> `(part, name in the part)`, whatever spelling the file uses."""
-    folder = shard.path.parent.name
-    if folder in PART_PREFIXES and (shard.path.parent.parent / INDEX).is_file():
-        return {name: (folder, name) for name in shard.shapes}
+    for part in PART_PREFIXES:
+        in_folder = shard.path.parent.name == part and (shard.path.parent.parent / INDEX).is_file()
+        if in_folder or shard.path.name.startswith(f"{part}-"):
+            return {name: (part, name) for name in shard.shapes}
     placed = {}
     for name in shard.shapes:
         try:

@@ -9,8 +9,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from vila.conversion_vila import convert
+
+# the models are so small that threads only wait for each other
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMITTED_GOLDENS = REPOSITORY / "tests" / "goldens"

@@ -51,7 +51,7 @@ def test_conversion_links_weights_and_changes_nothing_in_the_source(source, tmp_
     index = json.loads((target / "model.safetensors.index.json").read_text())
     for file in set(index["weight_map"].values()):
         assert (target / file).is_symlink()
-        assert os.path.samefile(target / file, source / file)
+        assert os.path.samefile(target / file, source / file.replace("-", "/", 1))
     with safe_open(source / "llm" / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) <= set(index["weight_map"])
     assert index["metadata"]["total_size"] == sum(

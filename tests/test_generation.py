@@ -92,15 +92,6 @@ def loaded(converted):
     return lru_cache(maxsize=None)(lambda checkpoint: Loaded(converted(checkpoint)))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Handing such small matrices to several threads costs more than computing them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def argmax_step_by_step(case, inputs):
     """Greedy decoding written out: the whole sequence through the model for every token, no cache, no `generate`."""
     inputs, steps = dict(inputs), []
