@@ -45,8 +45,8 @@ def choose_chat_template(
 
     Args:
         conv_mode: one of `CONV_MODES`. The remote-code layout brings its own template: `"auto"` and the name that its
-            config gives it mean that one. In the research layout `"auto"` is for Llama models the template that
-            VILA-1.5 was trained with, told apart by the tokenizer's control tokens, and for others the tokenizer's.
+            config gives it mean that one. In the research layout `"auto"` is for VILA-1.5's Llama models the template
+            that they were trained with, told apart by the tokenizer's control tokens, and for others the tokenizer's.
         model_type: of the language model.
         source: the original folder, `root` its config.
 
@@ -58,7 +58,8 @@ def choose_chat_template(
     is_remote_layout = root.get("model_type") == "vila"
     if conv_mode != "auto" and not (is_remote_layout and conv_mode == root.get("chat_template")):
         return named_template(conv_mode)
-    if model_type == "llama" and not is_remote_layout:
+    # configs of VILA-1.5's time lack keys that came with NVILA
+    if model_type == "llama" and not is_remote_layout and ("fps" not in root or tokenizer.chat_template is None):
         return named_template(vila15_template_name(tokenizer))
     text_template = tokenizer.chat_template
     if isinstance(text_template, dict):

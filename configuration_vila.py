@@ -74,6 +74,11 @@ class VilaConfig(PreTrainedConfig):
         s2_max_split_size: largest crop in pixels that static S2 gives to the tower; the smallest scale by default.
         s2_resize_output_to_scale_idx: the scale whose map size the others are resized to.
         vision_chunk_size: tiles that go through the tower at a time; bounds the memory of encoding, not the result.
+        video_pool_sizes: `[frames, rows, columns]` of every temporal-spatial pooling of a video's projected features
+            (NVILA §3.2, the TSP encoder); None keeps all features of all frames (the basic encoder).
+        time_token_ids: ids of the tokens that stand for times in a video, in order of time: soft targets of the
+            training loss, see `soft_time_loss`. They must have rows in the embedding table.
+        soft_ce_std: width of these soft targets, in ids.
         tie_word_embeddings: whether `lm_head` shares the weights of the input embeddings.
         original_options: options of an original checkpoint without a counterpart here; kept for the way back.
 
@@ -82,6 +87,7 @@ class VilaConfig(PreTrainedConfig):
     """
 
     model_type = "vila"
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             config_class=AutoConfig, model_type="siglip_vision_model", init_kwargs={"vision_use_head": False}
@@ -102,6 +108,9 @@ class VilaConfig(PreTrainedConfig):
     s2_max_split_size: int | None = None
     s2_resize_output_to_scale_idx: int = 0
     vision_chunk_size: int = 8
+    video_pool_sizes: list[list[int]] | None = None
+    time_token_ids: list[int] | None = None
+    soft_ce_std: float = 1.0
     tie_word_embeddings: bool = False
     original_options: dict | None = None
 
@@ -158,6 +167,8 @@ class VilaConfig(PreTrainedConfig):
         self._check_feature_layer()
         self._check_scales()
         self._check_projector()
+        self._check_pooling()
+        self._check_time_tokens()
 
     def _check_sizes(self) -> None:
         for part in ("vision_config", "text_config"):
@@ -205,6 +216,13 @@ class VilaConfig(PreTrainedConfig):
                 f"s2_resize_output_to_scale_idx={self.s2_resize_output_to_scale_idx} is outside of the "
                 f"{len(self.s2_scales)} scales"
             )
+        side = first(self.vision_config.image_size)
+        for scale in self.s2_scales if self.s2 else self.s2_scales[:1]:
+            crops = crops_per_side(scale, self.s2_max_split_size or self.s2_scales[0]) if self.s2 else 1
+            if crops * side != scale:
+                raise ValueError(
+                    f"s2_scales: {scale} pixels are not {crops} crops of the tower's image_size {side} per side"
+                )
 
     def _check_projector(self) -> None:
         if self.projector_type not in DOWNSAMPLE_FACTORS and not PLAIN_PROJECTOR.fullmatch(self.projector_type):
@@ -212,11 +230,35 @@ class VilaConfig(PreTrainedConfig):
                 f"unknown projector_type {self.projector_type!r}; known are identity, linear, mlp<N>x_gelu, "
                 + ", ".join(DOWNSAMPLE_FACTORS)
             )
+        has_class_token = self.vision_config.model_type in CLASS_TOKEN_TOWERS
+        if not has_class_token and self.vision_feature_select_strategy == "default" and self.downsample_factor > 1:
+            raise ValueError(
+                f"projector_type {self.projector_type!r} merges patches of a square map: the tower has no class token "
+                "to drop, use vision_feature_select_strategy='full'"
+            )
         if self.downsample_factor > 1 and self._keeps_class_token:
             raise ValueError(
                 f"projector_type {self.projector_type!r} merges patches of a square map: drop the tower's class token "
                 "with vision_feature_select_strategy='default'"
             )
+
+    def _check_pooling(self) -> None:
+        if self.video_pool_sizes is None:
+            return
+        if not self.video_pool_sizes:
+            raise ValueError("video_pool_sizes must not be empty; None stands for no pooling")
+        for pool in self.video_pool_sizes:
+            if len(pool) != 3:
+                raise ValueError(f"video_pool_sizes must hold triples of frames, rows and columns, got {pool}")
+            for size in pool:
+                require_positive(size, "video_pool_sizes")
+
+    def _check_time_tokens(self) -> None:
+        ids, rows = self.time_token_ids or [], self.text_config.vocab_size
+        if len(set(ids)) != len(ids) or any(not 0 <= token < rows for token in ids):
+            raise ValueError(f"time_token_ids must be different ids below text_config.vocab_size {rows}, got {ids}")
+        if not 0 < self.soft_ce_std < math.inf:
+            raise ValueError(f"soft_ce_std must be a positive number, got {self.soft_ce_std}")
 
 
 def first(size: int | Sequence[int]) -> int:

@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
@@ -23,7 +29,8 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from . import configuration_vila, modeling_vila, processing_vila
 from .chat_templates_vila import CONV_MODES, SENTINEL, choose_chat_template, stop_token_ids
 from .configuration_vila import ORIGINAL_CONFIG_KEYS, VilaConfig
-from .original_config_vila import to_image_processor, to_original_configs, to_vila_config
+from .modeling_vila import VilaForConditionalGeneration
+from .original_config_vila import to_image_processor, to_original_configs, to_processor_options, to_vila_config
 from .processing_vila import VilaProcessor
 from .weight_files_vila import (
     Shard,
@@ -35,7 +42,7 @@ from .weight_files_vila import (
     placed_names,
     split_to_parts,
 )
-from .weight_names_vila import PART_PREFIXES
+from .weight_names_vila import PART_PREFIXES, with_module_names
 
 BACKUP_FOLDER = "original_files"
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -77,15 +84,17 @@ def convert(
         ValueError, FileNotFoundError: if the source is not an original checkpoint or not complete; nothing is written.
         FileExistsError: if the target exists and is not empty.
     """
+    # a Hub id's last part, or the folder's own name
+    name = Path(source).resolve().name if Path(source).is_dir() else str(source).rsplit("/", 1)[-1]
+    if in_place and (target is not None or copy or not Path(source).is_dir()):
+        raise ValueError("--in-place needs a folder and takes neither a target nor --copy")
     source = resolve_source(source)
     root = read_root_config(source)
     shards = part_shards(source)
     if in_place:
-        if target is not None or copy:
-            raise ValueError("--in-place takes neither a target nor --copy")
         target = source
     else:
-        target = Path(target) if target is not None else Path(source.name + "-hf")
+        target = Path(target) if target is not None else Path(name + "-hf")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise FileExistsError(f"{target} exists and is not empty")
     with tempfile.TemporaryDirectory() as staging_name:
@@ -94,6 +103,7 @@ def convert(
             write_metadata(source, root, staging, conv_mode, DTYPES.get(shards["llm"][0].dtype, "float32"))
         except StrictDataclassError as error:
             raise ValueError(f"a config of {source} makes no sense: {error}") from error
+        check_weights(VilaConfig.from_pretrained(staging), shards)
         if not copy:
             index_parts(shards, staging, separator="/" if in_place else "-")
         target.mkdir(parents=True, exist_ok=True)
@@ -111,7 +121,7 @@ def resolve_source(source: str | Path) -> Path:
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
-        except (HFValidationError, RepositoryNotFoundError) as error:
+        except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
             raise FileNotFoundError(f"{str(source)!r} is neither a folder nor a repository on the Hub") from error
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
@@ -119,7 +129,7 @@ def resolve_source(source: str | Path) -> Path:
 def read_root_config(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json")
-    root = json.loads((source / "config.json").read_text())
+    root = read_json(source / "config.json")
     if "text_config" in root:
         raise ValueError(f"{source} is already converted")
     if root.get("model_type") not in ("llava_llama", "vila"):
@@ -127,12 +137,24 @@ def read_root_config(source: Path) -> dict[str, Any]:
     return root
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent.name}/{path.name} is missing")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.parent.name}/{path.name} is no valid JSON") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.parent.name}/{path.name} holds no JSON object")
+    return content
+
+
 def read_part_configs(source: Path, root: dict[str, Any]) -> list[dict[str, Any]]:
     """Configs of the three parts, from their folders or, if one has none, from the root config."""
     configs = []
     for part, key in zip(PART_PREFIXES, ORIGINAL_CONFIG_KEYS):
         path = source / part / "config.json"
-        config = json.loads(path.read_text()) if path.is_file() else root.get(key)
+        config = read_json(path) if path.is_file() else root.get(key)
         if not isinstance(config, dict):
             raise FileNotFoundError(f"{part}/config.json is missing")
         configs.append(config)
@@ -152,16 +174,17 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
         projector,
         image_token_id=tokenizer.convert_tokens_to_ids(VilaProcessor.image_token),
         video_token_id=tokenizer.convert_tokens_to_ids(VilaProcessor.video_token),
+        time_token_ids=time_token_ids(root, tokenizer, llm.get("vocab_size", 0)),
     )
     config.architectures, config.dtype, config.auto_map = ["VilaForConditionalGeneration"], dtype, AUTO_MAP
-    preprocessor = json.loads((source / "vision_tower" / "preprocessor_config.json").read_text())
+    preprocessor = read_json(source / "vision_tower" / "preprocessor_config.json")
     processor = VilaProcessor(
         to_image_processor(root, preprocessor, config),
         tokenizer,
         chat_template=template,
         num_tile_tokens=config.num_tile_tokens,
         s2_output_scale=config.s2_resize_output_to_scale_idx,
-        **encoder_tokens(root.get("image_encoder")),
+        **to_processor_options(root),
     )
     processor.save_pretrained(target)
     config.save_pretrained(target)
@@ -172,6 +195,8 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
         max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
         suppress_tokens=[config.image_token_id, config.video_token_id],
     ).save_pretrained(target)
+    if (source / "llm" / "tokenizer.model").is_file():
+        shutil.copy(source / "llm" / "tokenizer.model", target)  # not needed here; for the way back
     for module in (modeling_vila, processing_vila, configuration_vila):
         path = str(module.__file__)
         for file in [path, *get_relative_import_files(path)]:
@@ -195,18 +220,51 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encoder_tokens(encoder: str | dict[str, Any] | None) -> dict[str, str | None]:
-    """Start and end tokens of an `image_encoder` entry, which is a JSON string or a dictionary."""
-    options = json.loads(encoder) if isinstance(encoder, str) else encoder or {}
-    return {
-        "image_start_tokens": options.get("start_tokens"),
-        "image_end_tokens": options.get("end_tokens", "\n"),
-    }
+def time_token_ids(root: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int] | None:
+    """Ids of the time tokens: as the config lists them, else by their names; None where the model has no such tokens.
+
+    A config may speak of tokens that were never added, or have no row in the embedding table: such a model can
+    neither read nor write them.
+    """
+    tokens = [
+        str(root.get("time_token_format") or "<t{t}>").format(t=time)
+        for time in range(root.get("num_time_tokens") or 0)
+    ]
+    vocabulary = tokenizer.get_vocab()
+    ids = root.get("time_token_ids") or [vocabulary.get(token, vocab_size) for token in tokens]
+    return list(ids) if ids and max(ids) < vocab_size else None
+
+
+def check_weights(config: VilaConfig, shards: dict[str, list[Shard]]) -> None:
+    """Compares names and shapes with the model, so that nothing is initialised at random when it is loaded.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, too many or of another shape.
+    """
+    with torch.device("meta"):
+        model = VilaForConditionalGeneration(config)
+        stored = {
+            PART_PREFIXES[part] + name: torch.empty(shape)
+            for part, files in shards.items()
+            for shard in files
+            for name, shape in shard.shapes.items()
+        }
+    found = {name: list(tensor.shape) for name, tensor in with_module_names(stored).items()}
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = re.compile("|".join([*model._keys_to_ignore_on_load_unexpected, r"position_ids$", r"inv_freq$"]))
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found and not (name == "lm_head.weight" and config.tie_word_embeddings):
+            raise ValueError(f"the checkpoint lacks the tensor {name!r}")
+        if name not in expected and not ignored.search(name):
+            raise ValueError(f"the checkpoint has the tensor {name!r}, which its configs do not speak of")
+        if name in found and found[name] != expected.get(name, found[name]):
+            raise ValueError(f"the tensor {name!r} has the shape {found[name]}, its configs say {expected[name]}")
 
 
 def place_files(staging: Path, target: Path) -> None:
     """Moves all staged files into `target`; a different file of the same name is saved in `original_files/` first."""
-    for file in sorted(staging.iterdir()):
+    # config.json last: it says that the folder is converted
+    for file in sorted(staging.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
         old = target / file.name
         if old.exists() and old.read_bytes() != file.read_bytes():
             backup = target / BACKUP_FOLDER / file.name
@@ -238,17 +296,42 @@ def to_original(source: str | Path, target: str | Path) -> Path:
     processor = VilaProcessor.from_pretrained(source)
     shards = find_shards(source)
     extra_tensors = {"vision_tower": missing_tower_tensors(config, shards)}
-    if not any(".head." in name for shard in shards for name in shard.shapes):
-        config.vision_config.vision_use_head = False
+    if hasattr(config.vision_config, "vision_use_head"):
+        config.vision_config.vision_use_head = any(".head." in name for shard in shards for name in shard.shapes)
+    for sub_config in (config.text_config, config.vision_config):
+        sub_config.dtype = DTYPES.get(shards[0].dtype, "float32")
     for part in PART_PREFIXES:
         (target / part).mkdir(parents=True)
-    for name, content in to_original_configs(config, processor.image_processor).items():
+    for name, content in to_original_configs(config, processor).items():
         (target / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
-    processor.tokenizer.padding_side = "right"
-    processor.tokenizer.save_pretrained(target / "llm")
+    save_original_tokenizer(processor.tokenizer, target / "llm")
+    if (source / "tokenizer.model").is_file():
+        shutil.copy(source / "tokenizer.model", target / "llm")
     GenerationConfig.from_pretrained(source).save_pretrained(target / "llm")
     split_to_parts(shards, target, extra_tensors)
     return target
+
+
+def save_original_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Tokenizer files as transformers 4 reads them: its class names, and the chat template inside the config."""
+    tokenizer.padding_side = "right"
+    template = re.sub(r"\{%-? (end)?generation -?%\}", "", str(tokenizer.chat_template or ""))
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    content = read_json(folder / "tokenizer_config.json")
+    for key in ("auto_map", "backend", "processor_class"):
+        content.pop(key, None)
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    if content.get("tokenizer_class") not in ("LlamaTokenizer", "Qwen2Tokenizer"):
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    content["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    if content["tokenizer_class"] == "Qwen2Tokenizer":
+        model = read_json(folder / "tokenizer.json")["model"]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
 
 
 def missing_tower_tensors(config: VilaConfig, shards: list[Shard]) -> dict[str, torch.Tensor]:
@@ -286,8 +369,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         if options.to_original:
-            if options.target is None:
-                parser.error("--to-original needs DST")
+            if options.target is None or options.conv_mode != "auto":
+                parser.error("--to-original needs DST and takes no --conv-mode")
             folder = to_original(options.source, options.target)
         else:
             folder = convert(

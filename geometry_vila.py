@@ -176,3 +176,39 @@ def require_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def pooled_frames(frames: int, side: int, pool_sizes: Sequence[Sequence[int]] | None) -> list[tuple[int, int]]:
+    """`(frames, tokens per frame)` after every pooling of temporal-spatial pooling (TSP, NVILA §3.2).
+
+    Args:
+        frames: frames of the video.
+        side: tokens per side of one frame after the projector.
+        pool_sizes: `(frames, rows, columns)` that are averaged into one, for every pooling; None pools nothing.
+    """
+    return [
+        (math.ceil(frames / time), math.ceil(side / rows) * math.ceil(side / cols))
+        for time, rows, cols in (pool_sizes if pool_sizes is not None else [(1, 1, 1)])
+    ]
+
+
+def sample_frames(total: int, num_frames: int, fps: float = 0.0, video_fps: float = 0.0) -> list[int]:
+    """Indices of the frames that are taken from a video of `total` frames, ascending, with repeats where it is short.
+
+    With `fps` at the times 0, 1/fps, 2/fps, ... of a video with `video_fps` frames per second, `num_frames` at most;
+    without, `num_frames` spread evenly from the first to the last frame, halves rounded to even.
+
+    Raises:
+        ValueError: if there is no frame, none is asked for, or `fps` is given for a video without a rate.
+    """
+    if total < 1 or num_frames < 1:
+        raise ValueError(f"need at least one frame, got total={total} and num_frames={num_frames}")
+    if fps > 0:
+        if not video_fps > 0:
+            raise ValueError("the video has no frame rate: pass num_frames instead of fps")
+        step = 1 / fps
+        count = min(num_frames, math.ceil(total / video_fps / step))
+        return [min(int(number * step * video_fps), total - 1) for number in range(max(count, 1))]
+    if num_frames == 1:
+        return [0]
+    return [round(number * ((total - 1) / (num_frames - 1))) for number in range(num_frames)]

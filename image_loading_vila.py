@@ -12,42 +12,42 @@ from huggingface_hub import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 URL_TIMEOUT_SECONDS = 30.0
-MAX_PIXELS = 89_478_485  # of a picture as it is given, resized or padded; Pillow only warns beyond this size
+MAX_PIXELS = 2**27  # of a picture as it is given, resized or padded; Pillow warns from about 2/3 of this on
 
 
-def check_pixels(width: int, height: int, purpose: str) -> None:
-    if width * height > MAX_PIXELS:
+def check_pixels(width: int, height: int, purpose: str, max_pixels: int = MAX_PIXELS) -> None:
+    if width * height > max_pixels:
         raise ValueError(
-            f"{purpose} takes {width}x{height} pixels, more than the limit MAX_PIXELS={MAX_PIXELS} of the image "
-            "processing module: pass a smaller picture or raise the limit"
+            f"{purpose} takes {width}x{height} pixels, more than the limit max_pixels={max_pixels}: pass a smaller "
+            "picture or raise the limit"
         )
 
 
-def open_image(source: str | bytes | os.PathLike) -> Image.Image:
+def open_image(source: str | bytes | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens a picture from an http(s) URL, a path, a data URI, a base64 string or the bytes of a file.
 
     Raises:
         ValueError: if the source is none of these or does not hold a picture.
     """
     if isinstance(source, bytes):
-        return decode_image(source, "the given byte string")
+        return decode_image(source, "the given byte string", max_pixels)
     text = os.fsdecode(source)
     if text.startswith(("http://", "https://")):
         response = get_session().get(text, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
         response.raise_for_status()
-        return decode_image(response.content, "the given URL")
+        return decode_image(response.content, "the given URL", max_pixels)
     if text.startswith("data:"):
         header, _, payload = text.partition(",")
         if not header.startswith("data:image/") or not header.endswith(";base64"):
             raise ValueError("a data URI must be of the form data:image/<type>;base64,<data>")
-        return decode_image(decode_base64(payload), "the given data URI")
+        return decode_image(decode_base64(payload), "the given data URI", max_pixels)
     if len(text) < 4096 and os.path.isfile(text):
         try:
             with open(text, "rb") as file:
                 data = file.read()
         except OSError as error:
             raise ValueError(f"the file {os.path.basename(text)!r} cannot be read") from error
-        return decode_image(data, f"the file {os.path.basename(text)!r}")
+        return decode_image(data, f"the file {os.path.basename(text)!r}", max_pixels)
     # only what has the suffix of a file name is shown: the rest may be somebody's base64 data
     if isinstance(source, os.PathLike) or (len(text) <= 200 and os.path.splitext(text)[1]):
         raise ValueError(f"not an http(s) URL or an existing file: {text[:200]!r}")
@@ -55,7 +55,7 @@ def open_image(source: str | bytes | os.PathLike) -> Image.Image:
         data = decode_base64(text)
     except ValueError as error:
         raise ValueError("not an http(s) URL, an existing file, a data URI or a base64 string") from error
-    return decode_image(data, "the given base64 string")
+    return decode_image(data, "the given base64 string", max_pixels)
 
 
 def decode_base64(text: str) -> bytes:
@@ -65,23 +65,25 @@ def decode_base64(text: str) -> bytes:
         raise ValueError("not valid base64") from error
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes the whole picture now, so that a truncated file fails here and not in the middle of a batch."""
     try:
         image = Image.open(BytesIO(data))
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} holds no picture that Pillow can read") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} holds a picture of more than twice MAX_PIXELS={MAX_PIXELS} pixels") from error
+        raise ValueError(
+            f"{name} holds a picture of more pixels than Pillow opens; the limit max_pixels is {max_pixels}"
+        ) from error
     except Exception as error:  # broken headers reach Pillow's parsers and raise nearly anything
         raise ValueError(f"{name} holds a broken or truncated picture") from error
-    load_image(image, name)
+    load_image(image, name, max_pixels)
     return image
 
 
-def load_image(image: Image.Image, name: str) -> None:
+def load_image(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> None:
     """Decodes a picture of which only the header was read, unless the header says that it is too large."""
-    check_pixels(image.width, image.height, f"decoding {name}")
+    check_pixels(image.width, image.height, f"decoding {name}", max_pixels)
     try:
         image.load()
     except Exception as error:  # as in `decode_image`
@@ -110,7 +112,8 @@ def to_rgb(image: Image.Image, background_color: Sequence[int] | None = None) ->
 def array_to_image(array: Any, input_data_format: Any = None) -> Image.Image:
     """Array or tensor, `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels -> 8-bit picture.
 
-    Floats are taken as 0-1 if all lie in that range, else as 0-255; wider integers as 16-bit if a value exceeds 255.
+    Floats are taken as 0-1 if all lie in that range, else as 0-255; `uint16` as 16-bit, and so are other integers if a
+    value exceeds 255.
 
     Raises:
         ValueError: if it is no array of numbers, has another shape, or holds NaN or values out of range.
@@ -138,6 +141,8 @@ def array_to_image(array: Any, input_data_format: Any = None) -> Image.Image:
         if not (low >= 0 and high <= 255):  # written so that NaN fails
             raise ValueError("a picture of floats must hold 0 to 1 or 0 to 255, and no NaN")
         pixels = np.rint(pixels * (255.0 if high <= 1 else 1.0))
+    elif pixels.dtype == np.uint16:
+        pixels = pixels // 257
     elif pixels.dtype != np.uint8:
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError("a picture of integers must hold 0 to 255 or 0 to 65535")

@@ -33,7 +33,7 @@ from .geometry_vila import (
     square_padding,
     tile_boxes,
 )
-from .image_loading_vila import array_to_image, check_pixels, load_image, open_image, to_rgb
+from .image_loading_vila import MAX_PIXELS, array_to_image, check_pixels, load_image, open_image, to_rgb
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +50,7 @@ class VilaImagesKwargs(ImagesKwargs, total=False):
     s2_scales: sizes in pixels of the scales of `"dynamic_s2"`.
     tile_multiple_images: cut tiles also where a conversation has several pictures.
     background_color: `[red, green, blue]` that transparent pixels are laid on; None drops the alpha channel.
+    max_pixels: largest picture, as it is given or while it is resized or padded; checked before the work.
     """
 
     image_mode: ImageMode
@@ -58,6 +59,7 @@ class VilaImagesKwargs(ImagesKwargs, total=False):
     s2_scales: list[int] | None
     tile_multiple_images: bool
     background_color: list[int] | tuple[int, ...] | None
+    max_pixels: int
 
 
 class VilaImageProcessor(PilBackend):
@@ -87,18 +89,19 @@ class VilaImageProcessor(PilBackend):
     s2_scales: list[int] | None = None
     tile_multiple_images = False
     background_color: list[int] | None = None
+    max_pixels = MAX_PIXELS
 
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
+    def fetch_images(self, image_url_or_urls: Any, max_pixels: int | None = None) -> Any:
         """Opens URLs, paths, data URIs, base64 strings and bytes; pictures and arrays pass through."""
         if isinstance(image_url_or_urls, (list, tuple)):
             fetched = []
             for index, source in enumerate(image_url_or_urls):
                 kind = "conversation" if isinstance(source, (list, tuple)) else "picture"
                 with errors_name(f"{kind} {index}"):
-                    fetched.append(self.fetch_images(source))
+                    fetched.append(self.fetch_images(source, max_pixels))
             return fetched
         if isinstance(image_url_or_urls, (str, bytes, os.PathLike)):
-            return open_image(image_url_or_urls)
+            return open_image(image_url_or_urls, max_pixels or self.max_pixels)
         return image_url_or_urls
 
     def tile_grids(self, sizes: Sequence[tuple[int, int]], **kwargs: Any) -> list[TileGrid]:
@@ -121,8 +124,7 @@ class VilaImageProcessor(PilBackend):
                 "inference. Pass `tile_multiple_images=True` to tile every picture at full detail."
             )
             return [TileGrid(1, 1)] * len(sizes)
-        crops = kwargs.get("do_center_crop", self.do_center_crop)
-        tile_size = tile_side(kwargs.get(*(("crop_size", self.crop_size) if crops else ("size", self.size))))
+        tile_size = tile_side(kwargs.get("crop_size", self.crop_size) or kwargs.get("size", self.size))
         if mode == "dynamic_s2":
             if not scales:
                 raise ValueError("image_mode 'dynamic_s2' needs s2_scales")
@@ -131,15 +133,29 @@ class VilaImageProcessor(PilBackend):
                 raise ValueError(f"max_tiles={max_tiles} is below the {min_tiles} tiles that s2_scales={scales} need")
         return [choose_tile_grid(width, height, tile_size, min_tiles, max_tiles) for height, width in sizes]
 
+    def frame_views(self, frame: Any, max_tiles: int = 1, **kwargs: Any) -> list[Image.Image]:
+        """One video frame -> what the tower is shown of it: the whole frame or, with `max_tiles` above 1, tiles and a
+        thumbnail. The views pass through this processor unchanged, so that frames can be shrunk as they are decoded.
+        """
+        for name in self._valid_kwargs_names:
+            kwargs.setdefault(name, getattr(self, name, None))
+        kwargs = self._standardize_kwargs(**kwargs)
+        picture = self.process_image(frame, **kwargs)
+        if max_tiles == 1:
+            return self._cut(picture, TileGrid(1, 1), **kwargs)
+        side = tile_side(kwargs["crop_size"] or kwargs["size"])
+        grid = choose_tile_grid(picture.width, picture.height, side, 1, max_tiles)
+        return self._cut(picture, grid, **{**kwargs, "image_mode": "dynamic"})
+
     def process_image(self, image: Any, background_color: Sequence[int] | None = None, **kwargs: Any) -> Image.Image:
         """Any accepted picture -> 8-bit RGB as a person sees it."""
         if not isinstance(image, Image.Image):
             image = array_to_image(image, kwargs.get("input_data_format"))
-        load_image(image, "the picture")
+        load_image(image, "the picture", kwargs.get("max_pixels", self.max_pixels))
         return to_rgb(image, background_color)
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
-        conversations = group_by_conversation(self.fetch_images(images))
+        conversations = group_by_conversation(self.fetch_images(images, kwargs["max_pixels"]))
         tiles: list[Image.Image] = []
         grids: list[TileGrid] = []
         for row, conversation in enumerate(conversations):
@@ -167,7 +183,7 @@ class VilaImageProcessor(PilBackend):
             check_size("size", size, {"height", "width"}, {"shortest_edge"})
         if kwargs["do_center_crop"]:
             check_size("crop_size", kwargs["crop_size"], {"height", "width"})
-        if mode == "resize" and kwargs["do_resize"] and not (kwargs["do_center_crop"] or size.height):
+        if mode == "resize" and kwargs["do_resize"] and not (kwargs["crop_size"] or size.height):
             raise ValueError("image_mode 'resize' needs a size with height and width")
         if mode in ("dynamic", "dynamic_s2") and not kwargs["do_resize"]:
             raise ValueError(f"image_mode {mode!r} needs do_resize=True")
@@ -181,19 +197,19 @@ class VilaImageProcessor(PilBackend):
 
     def _cut(self, picture: Image.Image, grid: TileGrid, **kwargs: Any) -> list[Image.Image]:
         """One RGB picture -> its tiles, not normalised (specs of the release: NVILA §3.1)."""
-        mode, target = kwargs["image_mode"], kwargs["crop_size"] if kwargs["do_center_crop"] else kwargs["size"]
+        mode, limit, target = kwargs["image_mode"], kwargs["max_pixels"], kwargs["crop_size"] or kwargs["size"]
         if grid.area > 1 and mode == "dynamic":
             side = tile_side(target)
-            tiles = [*cut_tiles(picture, grid, side), resize(picture, side, side)]
+            tiles = [*cut_tiles(picture, grid, side, limit), resize(picture, side, side, limit)]
             return [self._tower_preprocessing(tile, **kwargs) for tile in tiles]
         if grid.area > 1:
             squares = [TileGrid(k, k) for k in scale_splits(kwargs["s2_scales"])[:-1]]
             side = kwargs["s2_scales"][0]
-            return [tile for split in [*squares, grid] for tile in cut_tiles(picture, split, side)]
+            return [tile for split in [*squares, grid] for tile in cut_tiles(picture, split, side, limit)]
         if mode == "resize" and kwargs["do_resize"]:
-            picture = resize(picture, target["width"], target["height"])
+            picture = resize(picture, target["width"], target["height"], limit)
         elif mode == "pad":
-            picture = pad_to_square(picture, kwargs["image_mean"])
+            picture = pad_to_square(picture, kwargs["image_mean"], limit)
         return [self._tower_preprocessing(picture, **kwargs)]
 
     def _tower_preprocessing(self, picture: Image.Image, **kwargs: Any) -> Image.Image:
@@ -209,9 +225,9 @@ class VilaImageProcessor(PilBackend):
                 )
             else:
                 height, width = size.height, size.width
-            picture = resize(picture, width, height, kwargs["resample"])
+            picture = resize(picture, width, height, kwargs["max_pixels"], kwargs["resample"])
         if kwargs["do_center_crop"]:
-            picture = center_crop(picture, kwargs["crop_size"])
+            picture = center_crop(picture, kwargs["crop_size"], kwargs["max_pixels"])
         return picture
 
     def _preprocess(self, images: list[Image.Image], grids: list[TileGrid], **kwargs: Any) -> BatchFeature:
@@ -260,9 +276,11 @@ def check_size(name: str, size: SizeDict, *allowed: set[str]) -> None:
         raise ValueError(f"{name} must be {keys} of at least one pixel")
 
 
-def resize(picture: Image.Image, width: int, height: int, resample: int = Image.Resampling.BICUBIC) -> Image.Image:
+def resize(
+    picture: Image.Image, width: int, height: int, limit: int, resample: int = Image.Resampling.BICUBIC
+) -> Image.Image:
     # Pillow brings every row of the picture to the new width before it changes their number
-    check_pixels(width, max(height, picture.height), "resizing the picture")
+    check_pixels(width, max(height, picture.height), "resizing the picture", limit)
     return picture.resize((width, height), resample)
 
 
@@ -273,23 +291,23 @@ def tile_side(size: SizeDict | dict[str, int]) -> int:
     return size["height"]
 
 
-def cut_tiles(picture: Image.Image, grid: TileGrid, side: int) -> list[Image.Image]:
-    resized = resize(picture, side * grid.cols, side * grid.rows)
+def cut_tiles(picture: Image.Image, grid: TileGrid, side: int, limit: int) -> list[Image.Image]:
+    resized = resize(picture, side * grid.cols, side * grid.rows, limit)
     return [resized.crop(box) for box in tile_boxes(grid, side)]
 
 
-def pad_to_square(picture: Image.Image, mean: float | Sequence[float]) -> Image.Image:
+def pad_to_square(picture: Image.Image, mean: float | Sequence[float], limit: int) -> Image.Image:
     """The picture centred on a square of the mean colour."""
     side, left, upper = square_padding(picture.width, picture.height)
-    check_pixels(side, side, "padding the picture")
+    check_pixels(side, side, "padding the picture", limit)
     square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3)))
     square.paste(picture, (left, upper))
     return square
 
 
-def center_crop(picture: Image.Image, crop_size: Any) -> Image.Image:
+def center_crop(picture: Image.Image, crop_size: Any, limit: int) -> Image.Image:
     """The middle of the picture; black where the picture is smaller than the crop."""
-    check_pixels(crop_size.width, crop_size.height, "cropping the picture")
+    check_pixels(crop_size.width, crop_size.height, "cropping the picture", limit)
     left = (picture.width - crop_size.width) // 2
     upper = (picture.height - crop_size.height) // 2
     return picture.crop((left, upper, left + crop_size.width, upper + crop_size.height))

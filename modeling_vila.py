@@ -8,34 +8,51 @@
 Shape letters: N tiles, L tokens of a tile, D tower channels, S side of a map in patches.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
-from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
+from transformers import AutoModel, Cache, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_vila import VilaConfig
-from .geometry_vila import TileGrid, crops_per_side, num_image_tokens, num_tiles, output_blocks, scale_splits
+from .configuration_vila import VilaConfig, first
+from .generation_vila import VilaGenerationMixin
+from .geometry_vila import (
+    TileGrid,
+    crops_per_side,
+    num_image_tokens,
+    num_tiles,
+    output_blocks,
+    pooled_frames,
+    scale_splits,
+)
+from .loss_vila import soft_time_loss
 from .vision_vila import (
     VilaMultiModalProjector,
     build_vision_tower,
     concat_scales,
     merge_blocks,
+    pool_video,
     split_blocks,
     to_map,
 )
-from .weight_names_vila import register_weight_names
+from .weight_names_vila import register_weight_names, with_module_names
 
 register_weight_names()
+
+PLURALS = {"image": "pictures", "video": "videos"}
+# videos of more chunks than this show a progress bar while they are encoded
+LONG_VIDEO_CHUNKS = 16
 
 
 @dataclass
@@ -67,7 +84,7 @@ class VilaPreTrainedModel(PreTrainedModel):
     config: VilaConfig
     config_class = VilaConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")  # type: ignore[assignment]
+    input_modalities = ("image", "video", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -88,7 +105,8 @@ class VilaModel(VilaPreTrainedModel):
         unused_layers = "|".join(
             str(i) for i in range(config.num_vision_layers, config.vision_config.num_hidden_layers)
         )
-        self._keys_to_ignore_on_load_unexpected = [r"vision_tower\.(post_layernorm|layernorm|head)\."]
+        # what is not built, and the head where this base model is loaded alone
+        self._keys_to_ignore_on_load_unexpected = [r"vision_tower\.(post_layernorm|layernorm|head)\.", r"^lm_head\."]
         if unused_layers:
             self._keys_to_ignore_on_load_unexpected += [rf"vision_tower\.encoder\.layers?\.({unused_layers})\."]
         self.post_init()
@@ -124,6 +142,62 @@ class VilaModel(VilaPreTrainedModel):
             features = [picture.flatten(0, 1) for picture in tiles]
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grid_thw: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Encodes videos frame by frame, a few at a time, and pools them.
+
+        Args:
+            pixel_values_videos: `(N, 3, height, width)`, the frames of all videos one after the other.
+            video_grid_thw: `(videos, 3)`, `(frames, 1, 1)` of every video; by default all frames are one video.
+
+        Returns:
+            Output whose `pooler_output` is a list with one `(tokens, hidden_size)` tensor per video.
+
+        Raises:
+            ValueError: if the grids do not add up to the number of frames.
+        """
+        counts = [len(pixel_values_videos)] if video_grid_thw is None else video_grid_thw[:, 0].tolist()
+        if sum(counts) != len(pixel_values_videos):
+            raise ValueError(
+                f"video_grid_thw describes {sum(counts)} frames, pixel_values_videos holds {len(pixel_values_videos)}"
+            )
+        chunks = pixel_values_videos.split(self.config.vision_chunk_size)
+        is_long = len(chunks) > LONG_VIDEO_CHUNKS
+        encoded = [
+            self._encode_frames(chunk.to(self.vision_tower.dtype), **kwargs)
+            for chunk in logging.tqdm(chunks, desc="Encoding frames", unit="chunk", disable=not is_long)
+        ]
+        videos = torch.cat(encoded).split(counts)
+        features = [pool_video(to_map(frames), self.config.video_pool_sizes) for frames in videos]
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+    def _encode_frames(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """A chunk of frames -> `(N, T, H)`; with dynamic S2 a frame's channels stand for all scales."""
+        features = self._encode_tiles(pixel_values, **kwargs)
+        repeats = len(self.config.s2_scales) if self.config.dynamic_s2 else 1
+        return self.multi_modal_projector(features.repeat(1, 1, repeats))
+
+    def media_sizes(
+        self, modality: str, pixel_values: torch.Tensor, grid_thw: torch.Tensor | None
+    ) -> list[tuple[int, int]]:
+        """Tiles (of a video: frames) and feature rows of every picture or video; arguments as of the features."""
+        config = self.config
+        if modality == "video":
+            counts = [len(pixel_values)] if grid_thw is None else grid_thw[:, 0].tolist()
+            side = math.isqrt(config.num_tile_tokens)
+            pooled = [pooled_frames(count, side, config.video_pool_sizes) for count in counts]
+            return [(count, sum(map(math.prod, pools))) for count, pools in zip(counts, pooled)]
+        scales = (config.dynamic_scales, config.s2_resize_output_to_scale_idx)
+        return [
+            (num_tiles(grid, config.dynamic_scales), num_image_tokens(grid, config.num_tile_tokens, *scales))
+            for grid in self._tile_grids(pixel_values, grid_thw)
+        ]
+
     def _tile_grids(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None) -> list[TileGrid]:
         if image_grid_thw is None:
             return [TileGrid(1, 1)] * len(pixel_values)
@@ -147,13 +221,11 @@ class VilaModel(VilaPreTrainedModel):
             scaled = F.interpolate(pixel_values.float(), size=(scale, scale), mode="bicubic", align_corners=False)
             side = crops_per_side(scale, self.config.s2_max_split_size or self.config.s2_scales[0])
             grid = TileGrid(side, side)
-            pictures = []
-            for picture in scaled.to(pixel_values.dtype):
-                crops = split_blocks(picture.permute(1, 2, 0), grid).permute(0, 3, 1, 2)
-                chunks = crops.split(self.config.vision_chunk_size)
-                crop_maps = to_map(torch.cat([self._run_tower(chunk, **kwargs) for chunk in chunks]))
-                pictures.append(merge_blocks(crop_maps, grid))
-            maps.append(torch.stack(pictures))
+            pictures = scaled.to(pixel_values.dtype).permute(0, 2, 3, 1)
+            crops = torch.cat([split_blocks(picture, grid) for picture in pictures]).permute(0, 3, 1, 2)
+            chunks = crops.split(self.config.vision_chunk_size)
+            crop_maps = to_map(torch.cat([self._run_tower(chunk, **kwargs) for chunk in chunks]))
+            maps.append(torch.stack([merge_blocks(own, grid) for own in crop_maps.split(grid.area)]))
         return concat_scales(maps, self.config.s2_resize_output_to_scale_idx).flatten(1, 2)
 
     def _encode_dynamic_s2(
@@ -181,18 +253,23 @@ class VilaModel(VilaPreTrainedModel):
         maps = [merge_blocks(scale_maps, split) for scale_maps, split in zip(per_scale, splits)]
         return concat_scales(maps, self.config.s2_resize_output_to_scale_idx)
 
-    def get_placeholder_mask(self, input_ids: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor:
-        """`(batch, sequence)` mask of the image placeholders; as many as `features`, `(rows, hidden_size)`, has rows.
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, features: torch.Tensor, modality: str = "image"
+    ) -> torch.Tensor:
+        """`(batch, sequence)` mask of the placeholders; as many as `features`, `(rows, hidden_size)`, has rows.
 
         Raises:
             ValueError: if the two counts differ.
         """
         if input_ids is None:
-            raise ValueError("pictures need `input_ids`: their placeholders cannot be found in `inputs_embeds`")
-        mask = input_ids == self.config.image_token_id
+            raise ValueError(f"{modality}s need `input_ids`: placeholders cannot be found in `inputs_embeds`")
+        mask = input_ids == getattr(self.config, f"{modality}_token_id")
         torch_compilable_check(
             mask.sum() == features.shape[0],
-            lambda: f"input_ids has {int(mask.sum())} image placeholders, the pictures have {len(features)} features",
+            lambda: (
+                f"input_ids has {int(mask.sum())} {modality} placeholders, the {PLURALS[modality]} have "
+                f"{len(features)} features"
+            ),
         )
         return mask
 
@@ -202,6 +279,8 @@ class VilaModel(VilaPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -215,26 +294,37 @@ class VilaModel(VilaPreTrainedModel):
         Args:
             input_ids: `(batch, sequence)` with one `config.image_token_id` per feature row.
             pixel_values, image_grid_thw: see `get_image_features`.
+            pixel_values_videos, video_grid_thw: see `get_video_features`.
+            position_ids: `(batch, sequence)`; without `attention_mask`, every restart at 0 begins another packed row
+                that sees none of those before it.
             mm_token_type_ids: accepted for engines that pass all processor outputs on; positions are one-dimensional,
                 so it has no effect.
-            mm_encoder_outputs: `{"image": output of get_image_features}` if the pictures were encoded beforehand.
+            mm_encoder_outputs: `{"image": output of get_image_features, "video": ...}` if they were encoded before.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        encoded: Any = (mm_encoder_outputs or {}).get("image")
+        encoded: dict[str, Any] = dict(mm_encoder_outputs or {})
+        if encoded and (pixel_values is not None or pixel_values_videos is not None):
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if pixel_values is not None:
-            if encoded is not None:
-                raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-            encoded = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+            encoded["image"] = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+        if pixel_values_videos is not None:
+            encoded["video"] = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
 
         embeds: Any = inputs_embeds if input_ids is None else self.embed_text(input_ids)
-        if encoded is not None:
-            features = torch.cat(list(encoded.pooler_output)).to(embeds.device, embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, features).to(embeds.device)
-            embeds = embeds.masked_scatter(mask.unsqueeze(-1), features)
-        elif input_ids is not None and past_key_values is None:
-            self.get_placeholder_mask(input_ids, embeds[0, :0])
+        for modality in PLURALS:
+            if encoded.get(modality) is not None:
+                features = torch.cat(list(encoded[modality].pooler_output)).to(embeds.device, embeds.dtype)
+                mask = self.get_placeholder_mask(input_ids, features, modality).to(embeds.device)
+                embeds = embeds.masked_scatter(mask.unsqueeze(-1), features)
+            elif input_ids is not None and past_key_values is None:
+                self.get_placeholder_mask(input_ids, embeds[0, :0], modality)
+        if not encoded and self._must_run_tower():
+            embeds = embeds + self._encode_zero_tile().to(embeds.device, embeds.dtype)
 
+        if attention_mask is None and position_ids is not None and past_key_values is None:
+            # rows packed into one: transformers keeps their attention apart only where there is no cache
+            kwargs.setdefault("use_cache", False)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -247,15 +337,51 @@ class VilaModel(VilaPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=None if encoded is None else encoded.pooler_output,
+            image_hidden_states=getattr(encoded.get("image"), "pooler_output", None),
         )
+
+    def _must_run_tower(self) -> bool:
+        """Whether a training step without media runs the tower and the projector all the same.
+
+        Data-parallel processes exchange gradients, and sharding ones the weights too, of every part in every step:
+        where one process had no media, the others would wait for it.
+        """
+        if not self.training:
+            return False
+        modules = [*self.vision_tower.modules(), *self.multi_modal_projector.modules()]
+        weights = [weight for module in modules for weight in module.parameters(recurse=False)]
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return True
+        is_sharded = is_deepspeed_zero3_enabled() or any(hasattr(weight, "device_mesh") for weight in weights)
+        return is_sharded or any(is_fsdp_managed_module(module) for module in modules)
+
+    def _encode_zero_tile(self) -> torch.Tensor:
+        """Zero, but with a gradient path (of zeros) to every weight that encodes media."""
+        side = first(self.config.vision_config.image_size)
+        tile = torch.zeros(1, 3, side, side, dtype=self.vision_tower.dtype, device=self.vision_tower.device)
+        (features,) = self.get_image_features(tile, return_dict=True).pooler_output
+        return features.sum() * 0
+
+    def train(self, mode: bool = True) -> "VilaModel":
+        """As for every module, but a frozen tower or projector stays as in inference (no dropout).
+
+        A frozen language model does not: gradients pass through it on their way to the projector, and gradient
+        checkpointing works in training mode only.
+        """
+        super().train(mode)
+        for part in (self.vision_tower, self.multi_modal_projector):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings, with an arbitrary row at the placeholders: their ids need no row of their own."""
+        if max(self.config.image_token_id, self.config.video_token_id) < self.config.text_config.vocab_size:
+            return self.get_input_embeddings()(input_ids)
         return self.get_input_embeddings()(input_ids.masked_fill(is_placeholder(input_ids, self.config), 0))
 
 
-class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
+class VilaForConditionalGeneration(VilaPreTrainedModel, VilaGenerationMixin):
     """VILA for answering, captioning and fine-tuning: text and pictures in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -270,11 +396,21 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As for every module, and also under the names that `save_pretrained` writes: `Trainer` resumes with it."""
+        return super().load_state_dict(with_module_names(state_dict), strict, assign)
+
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple | BaseModelOutputWithPooling:
         """See `VilaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See `VilaModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -282,6 +418,8 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -295,13 +433,16 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
         """See `VilaModel.forward`.
 
         Args:
-            labels: `(batch, sequence)` next-token targets; -100 and placeholder ids are ignored.
+            labels: `(batch, sequence)` next-token targets; -100 and placeholder ids are ignored. Time tokens are soft
+                targets if `config.time_token_ids` names them.
             logits_to_keep: compute logits for the last that many positions only; 0 for all.
         """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -314,7 +455,10 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             targets = labels.masked_fill(is_placeholder(labels, self.config), -100)
-            loss = self.loss_function(
+            loss_function = self.loss_function
+            if times := self.config.time_token_ids:
+                loss_function = partial(soft_time_loss, time_token_ids=times, std=self.config.soft_ce_std)
+            loss = loss_function(
                 logits=logits, labels=targets, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return VilaCausalLMOutputWithPast(
@@ -325,73 +469,6 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`; with `past_key_values` of earlier turns, their pictures may be passed again.
-
-        A continued chat is processed as a whole, pictures of earlier turns included. What lies in the cache is not
-        encoded a second time.
-        """
-        input_ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
-        cache, cached = kwargs.get("past_key_values"), 0
-        # a mask that is longer than the ids says that they are those of the new turn alone
-        if input_ids is not None and isinstance(cache, Cache) and (mask is None or mask.shape == input_ids.shape):
-            cached = cache.get_seq_length()
-        if input_ids is not None and kwargs.get("pixel_values") is not None:
-            kwargs |= self._drop_cached_pictures(
-                input_ids, cached, kwargs["pixel_values"], kwargs.get("image_grid_thw")
-            )
-        if kwargs.get("pixel_values") is None:
-            kwargs.pop("pixel_values", None)  # GenerationMixin encodes what is named, even None
-            if input_ids is not None and not kwargs.get("mm_encoder_outputs"):
-                self.model.get_placeholder_mask(input_ids[:, cached:], torch.empty(0))
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        """`GenerationMixin`'s; prompt lookup reads logits at ids of the prompt, which may be placeholders."""
-        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(generator, PromptLookupCandidateGenerator):
-            last_id = max(self.config.image_token_id, self.config.video_token_id)
-            generator.vocab_size = max(self.config.text_config.vocab_size, last_id + 1)
-        return generator
-
-    def _drop_cached_pictures(
-        self, input_ids: torch.Tensor, cached: int, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None
-    ) -> dict[str, torch.Tensor | None]:
-        """The pictures whose placeholders lie behind the first `cached` positions."""
-        placeholders = input_ids == self.config.image_token_id
-        if cached == 0 or cached >= input_ids.shape[1] or not placeholders[:, :cached].any():
-            return {}
-        grids = self.model._tile_grids(pixel_values, image_grid_thw)
-        new = list(self._pictures_behind(placeholders, cached, grids))
-        per_picture = pixel_values.split([num_tiles(grid, self.config.dynamic_scales) for grid in grids])
-        kept = [tiles for tiles, is_new in zip(per_picture, new) if is_new]
-        if not kept:
-            return {"pixel_values": None, "image_grid_thw": None}
-        kept_grids = (
-            None if image_grid_thw is None else image_grid_thw[torch.tensor(new, device=image_grid_thw.device)]
-        )
-        return {"pixel_values": torch.cat(kept), "image_grid_thw": kept_grids}
-
-    def _pictures_behind(self, placeholders: torch.Tensor, cached: int, grids: list[TileGrid]) -> Iterator[bool]:
-        """For every picture, row by row, whether its placeholders start at position `cached` or later."""
-        config, sizes = self.config, iter(grids)
-        for row in placeholders:
-            total, inside = int(row.sum()), int(row[:cached].sum())
-            start = 0
-            while start < total:
-                grid = next(sizes, None)
-                if grid is None:
-                    raise ValueError(f"input_ids has more image placeholders than the {len(grids)} pictures")
-                end = start + num_image_tokens(
-                    grid, config.num_tile_tokens, config.dynamic_scales, config.s2_resize_output_to_scale_idx
-                )
-                if start < inside < end:
-                    raise ValueError(
-                        "past_key_values ends inside a picture: it can only be continued between pictures"
-                    )
-                yield start >= inside
-                start = end
 
 
 def is_placeholder(ids: torch.Tensor, config: VilaConfig) -> torch.Tensor:

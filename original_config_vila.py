@@ -3,8 +3,11 @@
 Original configs differ by age: every key may be missing, and unknown ones are kept in `original_options`.
 """
 
+import json
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers import PreTrainedConfig
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -15,6 +18,7 @@ from transformers.image_utils import (
 
 from .configuration_vila import VilaConfig, first, parse_scales
 from .image_processing_vila import VilaImageProcessor
+from .processing_vila import VilaProcessor
 
 # keys that describe a training run or a file layout, not the model
 NOISE = {
@@ -29,8 +33,11 @@ SUB_CONFIG_NOISE = {
 }  # fmt: skip
 TRANSLATED = {
     "dynamic_s2", "image_aspect_ratio", "max_tiles", "min_tiles", "mm_vision_select_feature", "mm_vision_select_layer",
-    "s2", "s2_max_split_size", "s2_resize_output_to_scale_idx", "s2_scales",
+    "s2", "s2_max_split_size", "s2_resize_output_to_scale_idx", "s2_scales", "soft_ce_std", "time_token_ids",
+    "num_video_frames", "fps", "video_max_tiles", "image_encoder", "video_encoder", "num_time_tokens",
+    "time_token_format",
 }  # fmt: skip
+ENCODER_TARGET = "llava.model.encoders."
 
 # model_type of an original tower -> its class and its image processor's class there
 TOWER_CLASSES = {
@@ -39,11 +46,7 @@ TOWER_CLASSES = {
     "intern_vit_6b": ("InternVisionModel", "InternVisionPreprocessor"),
 }
 LANGUAGE_MODEL_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
-# where preprocessor_config.json leaves them out
-NORMALISATION = {
-    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-    "internvl_vision": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-}
+PREPROCESSOR_KEYS = ("image_mean", "image_std", "resample", "rescale_factor", "do_center_crop", "crop_size", "size")
 # InternViT's option -> the option of transformers' InternVL tower
 INTERN_OPTIONS = {"qk_normalization": "use_qk_norm", "qkv_bias": "attention_bias", "dropout": "hidden_dropout_prob"}
 INTERN_UNUSED = {"drop_path_rate", "initializer_factor", "use_flash_attn"}
@@ -56,7 +59,7 @@ def to_vila_config(
     """Configs of the root and of the three folders -> `VilaConfig`.
 
     Args:
-        ids: `image_token_id` and `video_token_id` of the tokenizer.
+        ids: `image_token_id`, `video_token_id` and `time_token_ids` of the tokenizer.
 
     Raises:
         ValueError: for a tower or language model that is not supported, or an option that makes no sense.
@@ -79,23 +82,86 @@ def to_vila_config(
     scales: dict[str, Any] = {}
     if root.get("s2") or root.get("dynamic_s2"):
         scales = {
-            "s2": bool(root.get("s2")) and not root.get("dynamic_s2"),
-            "dynamic_s2": bool(root.get("dynamic_s2")),
+            "s2": False if root.get("dynamic_s2") else root.get("s2") or False,
+            "dynamic_s2": root.get("dynamic_s2") or False,
             "s2_scales": parse_scales(root.get("s2_scales") or "336,672,1008"),
             "s2_max_split_size": root.get("s2_max_split_size") or 336,
             "s2_resize_output_to_scale_idx": root.get("s2_resize_output_to_scale_idx") or 0,
         }
     options = {key: value for key, value in root.items() if key not in NOISE | TRANSLATED and value is not None}
+    video_encoder = encoder_options(root.get("video_encoder"))
     return VilaConfig(
         text_config=without(llm, SUB_CONFIG_NOISE),
         vision_config=to_vision_config(tower),
         projector_type=projector["mm_projector_type"],
         vision_feature_layer=-2 if layer is None else layer,
         vision_feature_select_strategy="full" if feature == "cls_patch" else "default",
+        video_pool_sizes=video_encoder.get("pool_sizes"),
+        soft_ce_std=float(root.get("soft_ce_std") or 1.0),
         original_options=options,
         **scales,
         **ids,
     )
+
+
+def encoder_options(encoder: str | dict[str, Any] | None) -> dict[str, Any]:
+    """An `image_encoder` or `video_encoder` entry, which is a JSON string or a dictionary."""
+    try:
+        options = json.loads(encoder) if isinstance(encoder, str) else encoder or {}
+    except json.JSONDecodeError as error:
+        raise ValueError("config.json: image_encoder or video_encoder is no valid JSON") from error
+    if not isinstance(options, dict):
+        raise ValueError("config.json: image_encoder and video_encoder must be JSON objects")
+    for key in ("start_tokens", "end_tokens", "sep_tokens"):
+        if not isinstance(options.get(key, ""), (str, type(None))):
+            raise ValueError(f"config.json: {key} of an encoder must be a string")
+    if str(options.get("_target_", "")).endswith("TSPVideoEncoder"):
+        return {"pool_sizes": [[8, 1, 1]], **options}
+    return without(options, {"pool_sizes"})
+
+
+def to_processor_options(root: dict[str, Any]) -> dict[str, Any]:
+    """Tokens around media, and how videos are sampled and shown.
+
+    A checkpoint that names a video encoder is given videos through it; to all others frames are shown as pictures.
+    """
+    image, video = encoder_options(root.get("image_encoder")), encoder_options(root.get("video_encoder"))
+    return {
+        "image_start_tokens": image.get("start_tokens"),
+        "image_end_tokens": image.get("end_tokens", "\n"),
+        "video_as_images": not root.get("video_encoder"),
+        "num_video_frames": root.get("num_video_frames") or 8,
+        "video_fps": root.get("fps") or 0.0,
+        "video_max_tiles": root.get("video_max_tiles") or 1,
+        "video_pool_sizes": video.get("pool_sizes"),
+        "video_start_tokens": video.get("start_tokens"),
+        "video_end_tokens": video.get("end_tokens", "\n"),
+        "video_sep_tokens": video.get("sep_tokens"),
+        "num_time_tokens": root.get("num_time_tokens") or 0,
+        "time_token_format": root.get("time_token_format") or "<t{t}>",
+    }
+
+
+def to_original_encoders(processor: VilaProcessor) -> dict[str, Any]:
+    """Inverse of `to_processor_options`; an encoder without options of its own is left out, as in most checkpoints."""
+    options: dict[str, Any] = {
+        "num_video_frames": processor.num_video_frames,
+        "fps": processor.video_fps,
+        "video_max_tiles": processor.video_max_tiles,
+        "num_time_tokens": processor.num_time_tokens,
+        "time_token_format": processor.time_token_format,
+    }
+    image = {"start_tokens": processor.image_start_tokens, "end_tokens": processor.image_end_tokens}
+    if image != {"start_tokens": None, "end_tokens": "\n"}:
+        options["image_encoder"] = json.dumps({"_target_": ENCODER_TARGET + "BasicImageEncoder", **image})
+    if not processor.video_as_images:
+        video = {"start_tokens": processor.video_start_tokens, "end_tokens": processor.video_end_tokens}
+        name = "BasicVideoEncoder"
+        if processor.video_pool_sizes is not None:
+            name = "TSPVideoEncoder"
+            video |= {"sep_tokens": processor.video_sep_tokens, "pool_sizes": processor.video_pool_sizes}
+        options["video_encoder"] = json.dumps({"_target_": ENCODER_TARGET + name, **video})
+    return options
 
 
 def to_vision_config(tower: dict[str, Any]) -> dict[str, Any]:
@@ -125,42 +191,77 @@ def to_image_processor(root: dict[str, Any], preprocessor: dict[str, Any], confi
     S2 replaces the tower's input size by the largest scale, dynamic S2 by the smallest.
     """
     mode = root.get("image_aspect_ratio", "resize")
-    options = {
-        key: preprocessor[key]
-        for key in ("image_mean", "image_std", "resample", "rescale_factor", "do_center_crop", "crop_size", "size")
-        if preprocessor.get(key) is not None
-    }
-    tower_type = config.vision_config.model_type
-    if tower_type in NORMALISATION:
-        mean, std = NORMALISATION[tower_type]
-        options = {"image_mean": mean, "image_std": std, **options}
+    if (mode == "dynamic_s2") > config.dynamic_s2 or (mode == "dynamic" and config.dynamic_s2):
+        raise ValueError(f"config.json: image_aspect_ratio {mode!r} does not fit dynamic_s2={config.dynamic_s2}")
+    side = first(config.vision_config.image_size)
+    options = tower_preprocessing(config.vision_config.model_type, side)
+    options |= {key: preprocessor[key] for key in PREPROCESSOR_KEYS if preprocessor.get(key) is not None}
     if "resize_size" in preprocessor:
         options["size"] = preprocessor["resize_size"]
-    if isinstance(options.get("size"), int):
-        options["size"] = {"height": options["size"], "width": options["size"]}
+    if isinstance(options["size"], int):
+        is_clip = config.vision_config.model_type == "clip_vision_model"
+        options["size"] = {"shortest_edge": options["size"]} if is_clip else square(options["size"])
+    if isinstance(options.get("crop_size"), int):
+        options["crop_size"] = square(options["crop_size"])
     scale = config.s2_scales[-1] if config.s2 else config.s2_scales[0] if config.dynamic_s2 else None
     if scale is not None:
-        keeps_aspect = "shortest_edge" in options.get("size", {})
-        options["size"] = {"shortest_edge": scale} if keeps_aspect else {"height": scale, "width": scale}
+        side = scale
+        options["size"] = {"shortest_edge": scale} if "shortest_edge" in options["size"] else square(scale)
         if options.get("crop_size"):
-            options["crop_size"] = {"height": scale, "width": scale}
+            options["crop_size"] = square(scale)
     tiling = {key: root[key] for key in ("min_tiles", "max_tiles") if root.get(key) is not None}
-    return VilaImageProcessor(
+    image_processor = VilaImageProcessor(
         image_mode=mode if mode in ("resize", "pad", "dynamic", "dynamic_s2") else "plain",
         s2_scales=config.dynamic_scales,
         **tiling,
         **options,
     )
+    check_image_processor(image_processor, side)
+    return image_processor
 
 
-def to_original_configs(config: VilaConfig, image_processor: VilaImageProcessor) -> dict[str, dict[str, Any]]:
-    """Inverse of the two functions above: file name -> content of an original folder's configs."""
+def square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
+def tower_preprocessing(tower_type: str, side: int) -> dict[str, Any]:
+    """What a tower's image processor does where `preprocessor_config.json` is silent."""
+    if tower_type == "clip_vision_model":
+        mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+        crop = {"do_center_crop": True, "crop_size": square(side), "size": {"shortest_edge": side}}
+        return {"image_mean": mean, "image_std": std, **crop}
+    if tower_type == "internvl_vision":
+        return {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, "size": square(side)}
+    return {"size": square(side)}
+
+
+def check_image_processor(image_processor: VilaImageProcessor, side: int) -> None:
+    """Shows it a picture: what makes no sense, or gives other sizes than the tower takes, is found now.
+
+    Raises:
+        ValueError: naming the option, or both sizes.
+    """
+    try:
+        shape = image_processor(Image.new("RGB", (2 * side, 3 * side)))["pixel_values"].shape
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"the options of the image processor make no sense: {error}") from error
+    if shape[2:] != (side, side):
+        raise ValueError(
+            f"vision_tower/preprocessor_config.json gives pictures of {shape[2]}x{shape[3]} pixels, the tower takes "
+            f"{side}x{side}"
+        )
+
+
+def to_original_configs(config: VilaConfig, processor: VilaProcessor) -> dict[str, dict[str, Any]]:
+    """The way back: file name -> content of an original folder's configs."""
+    image_processor = processor.image_processor
     llm = original_text_config(config.text_config)
     tower = to_original_tower(config)
     projector = {
         "architectures": ["MultimodalProjector"],
         "model_type": "v2l_projector",
         "mm_projector_type": config.projector_type,
+        "torch_dtype": str(config.text_config.dtype).removeprefix("torch."),
     }
     is_s2 = config.s2 or config.dynamic_s2
     mode = image_processor.image_mode
@@ -168,6 +269,7 @@ def to_original_configs(config: VilaConfig, image_processor: VilaImageProcessor)
         "architectures": ["LlavaLlamaModel"],
         "model_type": "llava_llama",
         **(config.original_options or {}),
+        **to_original_encoders(processor),
         "hidden_size": config.text_config.hidden_size,
         "mm_hidden_size": config.feature_size,
         "image_aspect_ratio": "default" if mode == "plain" else mode,
@@ -177,6 +279,8 @@ def to_original_configs(config: VilaConfig, image_processor: VilaImageProcessor)
         "mm_vision_select_feature": "cls_patch" if config.vision_feature_select_strategy == "full" else "patch",
         "s2": config.s2,
         "dynamic_s2": config.dynamic_s2,
+        "time_token_ids": config.time_token_ids or [],
+        "soft_ce_std": config.soft_ce_std,
         "llm_cfg": llm,
         "vision_tower_cfg": tower,
         "mm_projector_cfg": projector,

@@ -6,10 +6,15 @@
 - Inserted ids have the character offset (0, 0), so that assistant masks cover what the assistant wrote and no picture.
 """
 
+import math
+import os
+import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
+import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
@@ -27,10 +32,15 @@ from .chat_vila import (
     tokenize,
     without_breaks,
 )
-from .geometry_vila import TileGrid, num_image_tokens, num_tiles
-from .image_processing_vila import VilaImagesKwargs, group_by_conversation
+from .geometry_vila import TileGrid, num_image_tokens, num_tiles, pooled_frames
+from .image_processing_vila import VilaImagesKwargs
+from .media_vila import assign_media
+from .video_processing_vila import VilaVideosKwargs, load_frames
 
 logger = logging.get_logger(__name__)
+
+# videos of more frames than this show a progress bar while they are decoded
+LONG_VIDEO_FRAMES = 64
 
 UNSUPPORTED_TEXT_OPTIONS = (
     "text_pair",
@@ -47,10 +57,19 @@ UNSUPPORTED_TEXT_OPTIONS = (
 
 class VilaProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: VilaImagesKwargs  # type: ignore[misc]
+    videos_kwargs: VilaVideosKwargs  # type: ignore[misc]
+
+
+class Medium(NamedTuple):
+    """What replaces one media token: its ids, its token type (1: picture, 2: video) and whether it was tiled."""
+
+    block: list[int]
+    type: int
+    is_tiled: bool
 
 
 class EncodedPrompt(NamedTuple):
-    """One prompt, pictures expanded; the three lists are parallel."""
+    """One prompt, media expanded; the three lists are parallel."""
 
     ids: list[int]
     offsets: list[Offset]
@@ -68,6 +87,15 @@ class VilaProcessor(ProcessorMixin):
         image_start_tokens: text that is tokenized, with the tokenizer's special tokens, and put before every view.
         image_end_tokens: the same behind every view. With a Llama tokenizer that adds a BOS each time, as the original
             inference code does; `None` gives the bare views of older training code.
+        video_as_images: whether a video's frames are shown like pictures, as most checkpoints were trained, or encoded
+            as a video.
+        num_video_frames: frames that are taken of a video file by default, spread evenly.
+        video_fps: frames per second that are taken by default, `num_video_frames` at most; 0 spreads them evenly.
+        video_max_tiles: tiles that a frame is cut into at most; every tile then counts as a frame.
+        video_pool_sizes: temporal-spatial pooling of an encoded video, as in `VilaConfig`.
+        video_start_tokens, video_end_tokens: text around every frame that is left after pooling.
+        video_sep_tokens: text behind every pooling.
+        num_time_tokens, time_token_format: the time tokens of models that answer with times, see `decode_times`.
     """
 
     valid_processor_kwargs = VilaProcessorKwargs  # type: ignore[assignment]
@@ -84,6 +112,16 @@ class VilaProcessor(ProcessorMixin):
         s2_output_scale: int = 0,
         image_start_tokens: str | None = None,
         image_end_tokens: str | None = "\n",
+        video_as_images: bool = True,
+        num_video_frames: int = 8,
+        video_fps: float = 0.0,
+        video_max_tiles: int = 1,
+        video_pool_sizes: list[list[int]] | None = None,
+        video_start_tokens: str | None = None,
+        video_end_tokens: str | None = "\n",
+        video_sep_tokens: str | None = None,
+        num_time_tokens: int = 0,
+        time_token_format: str = "<t{t}>",
     ):
         if isinstance(num_tile_tokens, bool) or not isinstance(num_tile_tokens, int) or num_tile_tokens < 1:
             raise ValueError("num_tile_tokens must be a positive whole number")
@@ -91,6 +129,16 @@ class VilaProcessor(ProcessorMixin):
         self.s2_output_scale = s2_output_scale
         self.image_start_tokens = image_start_tokens
         self.image_end_tokens = image_end_tokens
+        self.video_as_images = video_as_images
+        self.num_video_frames = num_video_frames
+        self.video_fps = video_fps
+        self.video_max_tiles = video_max_tiles
+        self.video_pool_sizes = video_pool_sizes
+        self.video_start_tokens = video_start_tokens
+        self.video_end_tokens = video_end_tokens
+        self.video_sep_tokens = video_sep_tokens
+        self.num_time_tokens = num_time_tokens
+        self.time_token_format = time_token_format
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         for token in (self.image_token, self.video_token):
             if token not in tokenizer.get_added_vocab():
@@ -105,40 +153,48 @@ class VilaProcessor(ProcessorMixin):
         videos: Any = None,
         *,
         rendered_special_tokens: bool | None = None,
+        rendered_by: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Tokenizes prompts and cuts their pictures.
+        """Tokenizes prompts, cuts their pictures and samples their videos.
 
         Args:
             images: pictures in the order of the `<image>` tokens; a flat list or one list per prompt.
-            text: one or several prompts with one `<image>` per picture.
+            text: one or several prompts with one `<image>` per picture and one `<vila/video>` per video.
+            videos: files, URLs, bytes, folders, arrays or lists of pictures, see `load_frames`; a flat list or one
+                list per prompt.
             rendered_special_tokens: overrides `add_special_tokens`; set by `apply_chat_template`.
-            kwargs: options of the tokenizer and of `VilaImageProcessor`.
+            rendered_by: the chat template that wrote the text, by default the processor's; set likewise.
+            kwargs: options of the tokenizer, of `VilaImageProcessor` and of `VilaVideosKwargs`.
 
         Returns:
-            `input_ids` and `attention_mask`, `(prompts, sequence)`, and with pictures `pixel_values` and
-            `image_grid_thw`, see `VilaImageProcessor`.
+            `input_ids` and `attention_mask`, `(prompts, sequence)`; with pictures, or videos shown as pictures,
+            `pixel_values` and `image_grid_thw`, see `VilaImageProcessor`; with encoded videos `pixel_values_videos`,
+            `(frames of all videos, 3, height, width)`, and `video_grid_thw`, `(videos, 3)`: `(frames, 1, 1)`.
 
         Raises:
-            ValueError: if pictures and `<image>` tokens differ in number, a prompt is no text or has no tokens, an
+            ValueError: if media and media tokens differ in number, a prompt is no text or has no tokens, an
                 option has the wrong type, or a prompt is truncated inside a picture.
         """
-        if videos is not None or kwargs.pop("audio", None) is not None:
-            raise ValueError("this processor takes pictures and text, no video or audio")
+        if kwargs.pop("audio", None) is not None:
+            raise ValueError("this processor takes pictures, videos and text, no audio")
         prompts = check_prompts(text)
         if rendered_special_tokens is None:
             # only `apply_chat_template` puts breaks into a text: here they are characters like others
             prompts = [escape_breaks(prompt) for prompt in prompts]
         merged = self._merge_kwargs(VilaProcessorKwargs, self.tokenizer.init_kwargs, **kwargs)
-        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        text_kwargs = merged["text_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             text_kwargs.setdefault(name, merged[name])
         if rendered_special_tokens is not None:
             text_kwargs["add_special_tokens"] = rendered_special_tokens
 
-        image_data, grids = self._process_pictures(images, prompts, images_kwargs)
+        media_data, media = self._process_media(
+            prompts, images, videos, merged["images_kwargs"], merged["videos_kwargs"]
+        )
         add_special_tokens = text_kwargs.get("add_special_tokens", True)
-        rows = [self._encode(prompt, row, add_special_tokens) for prompt, row in zip(prompts, grids)]
+        template = rendered_by or self.chat_template
+        rows = [self._encode(prompt, row, add_special_tokens, template) for prompt, row in zip(prompts, media)]
         for number, row in enumerate(rows):
             if not row.ids:
                 raise ValueError(f"prompt {number} has no tokens")
@@ -146,7 +202,7 @@ class VilaProcessor(ProcessorMixin):
         if text_kwargs["return_text_replacement_offsets"]:
             text_data["text_replacement_offsets"] = [break_offsets(prompt) for prompt in prompts]
         return BatchFeature(
-            {**text_data, **image_data},
+            {**text_data, **media_data},
             tensor_type=text_kwargs.get("return_tensors"),
             skip_tensor_conversion=self.skip_tensor_conversion,
         )
@@ -157,34 +213,104 @@ class VilaProcessor(ProcessorMixin):
         except StrictDataclassError as error:
             raise ValueError(str(error)) from error
 
-    def _process_pictures(
-        self, images: Any, prompts: list[str], images_kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], list[list[TileGrid]]]:
-        """Pixels of all pictures, and the grids of each prompt's pictures."""
-        counts = [prompt.count(self.image_token) for prompt in prompts]
-        if videos := sum(prompt.count(self.video_token) for prompt in prompts):
-            raise ValueError(f"the text has {videos} {self.video_token} token(s), but no video was given")
-        given = [] if images is None else group_by_conversation(self.image_processor.fetch_images(images))
-        pictures = [picture for conversation in given for picture in conversation]
-        if len(given) == len(prompts):
-            for row, (conversation, count) in enumerate(zip(given, counts)):
-                if len(conversation) != count:
-                    raise ValueError(
-                        f"prompt {row} has {count} {self.image_token} token(s), but {len(conversation)} picture(s)"
-                    )
-        elif len(given) > 1:
-            raise ValueError(f"there are {len(prompts)} prompt(s), but {len(given)} lists of pictures")
-        if len(pictures) != sum(counts):
-            raise ValueError(
-                f"the text has {sum(counts)} {self.image_token} token(s), but {len(pictures)} picture(s) were given"
-            )
-        if not pictures:
-            return {}, [[] for _ in prompts]
-        remaining = iter(pictures)
-        conversations = [[next(remaining) for _ in range(count)] for count in counts if count]
-        data = self.image_processor(conversations, **{**images_kwargs, "return_tensors": None})
-        grids = iter([TileGrid(int(rows), int(cols)) for _, rows, cols in data["image_grid_thw"]])
-        return dict(data), [[next(grids) for _ in range(count)] for count in counts]
+    def _process_media(
+        self,
+        prompts: list[str],
+        images: Any,
+        videos: Any,
+        images_kwargs: dict[str, Any],
+        videos_kwargs: dict[str, Any],
+    ) -> tuple[dict[str, Any], list[list[Medium]]]:
+        """Pixels of all media, and what replaces the media tokens of each prompt, in the order of the text."""
+        self._check_scales(images_kwargs)
+        images_kwargs = {**images_kwargs, "return_tensors": None}
+        if images is not None:
+            images = self.image_processor.fetch_images(images, images_kwargs.get("max_pixels"))
+        pictures = assign_media(images, prompts, self.image_token, "picture")
+        clips = assign_media(videos, prompts, self.video_token, "video")
+        conversations: list[list[Any]] = []  # what is shown as pictures, and of each medium how many views that is
+        counts: list[list[int]] = []
+        frames: list[list[Any]] = []  # of every encoded video
+        for prompt, own_pictures, own_clips in zip(prompts, map(iter, pictures), map(iter, clips)):
+            tokens = re.findall(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}", prompt)
+            views = []
+            for token in tokens:
+                if token == self.image_token:
+                    views.append([next(own_pictures)])
+                    continue
+                clip = self._video_views(next(own_clips), len(tokens) == 1, images_kwargs, videos_kwargs)
+                if not self.video_as_images:
+                    frames.append(clip)
+                views.append(clip if self.video_as_images else [])
+            counts.append([len(medium) for medium in views])
+            conversations.append([view for medium in views for view in medium])
+
+        data: dict[str, Any] = {}
+        if any(conversations):
+            data |= self.image_processor([views for views in conversations if views], **images_kwargs)
+        if frames:
+            data |= self._process_frames(frames, images_kwargs)
+        grids = iter([TileGrid(int(rows), int(cols)) for _, rows, cols in data.get("image_grid_thw", [])])
+        clip_lengths = iter(len(clip) for clip in frames)
+        media = [
+            [
+                self._shown(count, grids) if count else Medium(self.video_block(next(clip_lengths)), 2, False)
+                for count in row
+            ]
+            for row in counts
+        ]
+        return data, media
+
+    def _shown(self, views: int, grids: Iterator[TileGrid]) -> Medium:
+        """A picture, or a video whose frames are shown one after the other as pictures."""
+        own = [next(grids) for _ in range(views)]
+        block = [token for grid in own for token in self.image_block(grid)]
+        return Medium(block, 1, len(own) == 1 and own[0].area > 1)
+
+    def _video_views(
+        self, source: Any, is_alone: bool, images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """The sampled frames of one video as the tower is shown them, shrunk one by one as they are decoded."""
+        num_frames, fps = videos_kwargs.get("num_frames"), videos_kwargs.get("fps")
+        is_file = isinstance(source, (str, bytes, os.PathLike))
+        if num_frames is None and fps is None and is_file and videos_kwargs.get("do_sample_frames") is not False:
+            num_frames, fps = self.num_video_frames, self.video_fps or None
+        max_tiles = videos_kwargs.get("video_max_tiles") or self.video_max_tiles
+        frames = load_frames(source, num_frames, fps)
+        begin = list(islice(frames, 2))
+        if self.video_as_images and is_alone and len(begin) == 1 and max_tiles == 1:
+            return begin  # the original tiles a single frame like a single picture
+        kwargs = {name: value for name, value in images_kwargs.items() if name != "return_tensors"}
+        is_long = (num_frames or 0) > LONG_VIDEO_FRAMES
+        steps = logging.tqdm(chain(begin, frames), desc="Decoding frames", total=num_frames, disable=not is_long)
+        return [view for frame in steps for view in self.image_processor.frame_views(frame, max_tiles, **kwargs)]
+
+    def _process_frames(self, clips: list[list[Any]], images_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Pixels of encoded videos; their frames are never tiled, only shown as a whole."""
+        mode = images_kwargs.get("image_mode") or self.image_processor.image_mode
+        untiled = "plain" if mode in ("dynamic", "dynamic_s2") else mode
+        frames = [frame for clip in clips for frame in clip]
+        pixels = self.image_processor([frames], **{**images_kwargs, "image_mode": untiled})["pixel_values"]
+        return {"pixel_values_videos": pixels, "video_grid_thw": np.array([(len(clip), 1, 1) for clip in clips])}
+
+    def video_block(self, num_frames: int) -> list[int]:
+        """The ids that replace one video token: every frame that is left after pooling between its start and end ids,
+        and the separator behind every pooling."""
+        start, end = self._wrapping_ids(self.video_start_tokens), self._wrapping_ids(self.video_end_tokens)
+        separator = self._wrapping_ids(self.video_sep_tokens)
+        block: list[int] = []
+        for frames, tokens in pooled_frames(num_frames, math.isqrt(self.num_tile_tokens), self.video_pool_sizes):
+            block += (start + [self.video_token_id] * tokens + end) * frames + separator
+        return block
+
+    def _check_scales(self, images_kwargs: dict[str, Any]) -> None:
+        """Refuses options of one call that the model cannot follow: it merges the scales that it was trained with."""
+        scales = self.image_processor.s2_scales
+        if images_kwargs.get("s2_scales", scales) != scales:
+            raise ValueError(f"s2_scales belong to the model, which merges {scales}")
+        mode = images_kwargs.get("image_mode")
+        if (mode == "dynamic" and scales) or (mode == "dynamic_s2" and not scales):
+            raise ValueError(f"image_mode {mode!r} does not fit this model, which merges the scales {scales}")
 
     def image_block(self, grid: TileGrid) -> list[int]:
         """The ids that replace one image token: every view between its start and end ids, tiles on separate lines."""
@@ -204,44 +330,45 @@ class VilaProcessor(ProcessorMixin):
     def _dynamic_scales(self) -> list[int] | None:
         return self.image_processor.s2_scales if self.image_processor.image_mode == "dynamic_s2" else None
 
-    def _encode(self, prompt: str, grids: list[TileGrid], add_special_tokens: bool) -> EncodedPrompt:
-        """One prompt -> its ids, offsets in the prompt as it was typed, and token types (1: picture)."""
-        text, breaks = self._add_tile_breaks(prompt, grids)
+    def _encode(self, prompt: str, media: list[Medium], add_special_tokens: bool, template: Any) -> EncodedPrompt:
+        """One prompt -> its ids, offsets in the prompt as it was typed, and token types."""
+        text, breaks = self._add_tile_breaks(prompt, media, template)
         encoded = EncodedPrompt([], [], [])
-        pictures = iter(grids)
+        remaining = iter(media)
         for token, (start, end) in tokenize(self.tokenizer, text, add_special_tokens):
-            is_picture = token == self.image_token_id
-            ids = self.image_block(next(pictures)) if is_picture else [token]
+            is_medium = token in (self.image_token_id, self.video_token_id)
+            ids, kind, _ = next(remaining) if is_medium else ([token], 0, False)
             # the line breaks added for tiles do not exist in the caller's prompt
             offset = (start - bisect_left(breaks, start), end - bisect_left(breaks, end))
-            if is_picture or offset[0] == offset[1]:
+            if is_medium or offset[0] == offset[1]:
                 offset = (0, 0)
             encoded.ids.extend(ids)
             encoded.offsets.extend([offset] * len(ids))
-            encoded.types.extend([int(is_picture)] * len(ids))
+            encoded.types.extend([kind] * len(ids))
         return encoded
 
-    def _add_tile_breaks(self, prompt: str, grids: list[TileGrid]) -> tuple[str, list[int]]:
+    def _add_tile_breaks(self, prompt: str, media: list[Medium], template: Any) -> tuple[str, list[int]]:
         """Adds the line break that the original puts behind the last tile, unless the picture ends its message.
 
         Returns the text and the positions of the added characters in it, not counting the breaks in typed tokens.
         """
-        if self._dynamic_scales or all(grid.area == 1 for grid in grids):
+        if self._dynamic_scales or not any(medium.is_tiled for medium in media):
             return prompt, []
-        first, *rest = prompt.split(self.image_token)
-        text, breaks = first, []
-        for index, (following, grid) in enumerate(zip(rest, grids)):
-            text += self.image_token
-            if grid.area > 1 and not self._ends_message(following, is_last=index == len(rest) - 1):
+        tokens = f"({re.escape(self.image_token)}|{re.escape(self.video_token)})"
+        text, *rest = re.split(tokens, prompt)
+        breaks = []
+        for index, (token, following, medium) in enumerate(zip(rest[::2], rest[1::2], media)):
+            text += token
+            if medium.is_tiled and not self._ends_message(following, template, is_last=index == len(media) - 1):
                 breaks.append(len(without_breaks(text)))
                 text += "\n"
             text += following
         return text, breaks
 
-    def _ends_message(self, following: str, is_last: bool) -> bool:
+    def _ends_message(self, following: str, template: Any, is_last: bool) -> bool:
         """Whether what follows a picture was written by the chat template and not in the picture's message."""
         tokenizer = self.tokenizer
-        template = self.chat_template if isinstance(self.chat_template, str) else None
+        template = template if isinstance(template, str) else None
         special_tokens = (tokenizer.bos_token or "", tokenizer.eos_token or "")
         between, at_end = message_ends(template, self.image_token, *special_tokens)
         return following.startswith(tuple(between)) or (is_last and (following in at_end or not following.strip()))
@@ -295,7 +422,7 @@ class VilaProcessor(ProcessorMixin):
         keep = slice(max_length) if self.tokenizer.truncation_side == "right" else slice(excess, None)
         if sum(row.types) != sum(row.types[keep]):
             raise ValueError(
-                f"truncation to {max_length} tokens would cut into a picture; raise max_length or pass fewer pictures"
+                f"truncation to {max_length} tokens would cut into a picture or video; raise max_length or pass fewer"
             )
         return EncodedPrompt(row.ids[keep], row.offsets[keep], row.types[keep])
 
@@ -313,13 +440,30 @@ class VilaProcessor(ProcessorMixin):
         """
         conversation = map_chats(conversation, check_message)
         if kwargs.get("tokenize"):
+            processor_kwargs = dict(kwargs.get("processor_kwargs") or {})
+            # pipelines can pass options on only there
+            sanitize_control_tokens = processor_kwargs.pop("sanitize_control_tokens", sanitize_control_tokens)
             control_tokens = control_token_pattern(self.tokenizer) if sanitize_control_tokens else None
             conversation = map_chats(conversation, lambda message, _: mark_literals(message, control_tokens))
-            processor_kwargs = dict(kwargs.get("processor_kwargs") or {})
+            processor_kwargs["rendered_by"] = self._resolve_chat_template(chat_template)
             special = (processor_kwargs.get("text_kwargs") or {}).get("add_special_tokens", True)
             special = processor_kwargs.pop("add_special_tokens", kwargs.pop("add_special_tokens", special))
             kwargs["processor_kwargs"] = {**processor_kwargs, "rendered_special_tokens": special}
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
+    def decode_times(self, text: str, duration: float) -> str:
+        """Replaces the time tokens in an answer by seconds, `<12.34>`.
+
+        Args:
+            duration: length in seconds of the video that the answer is about; the last time token stands for its end.
+        """
+        if self.num_time_tokens < 2:
+            return text
+        before, after = map(re.escape, self.time_token_format.split("{t}"))
+        step = duration / (self.num_time_tokens - 1)
+        return re.sub(
+            f"{before}(\\d+){after}", lambda match: f"<{round(min(int(match[1]) * step, duration), 2)}>", text
+        )
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
@@ -336,7 +480,8 @@ class VilaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+        videos = ["pixel_values_videos", "video_grid_thw"]
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names, *videos]
 
 
 def check_prompts(text: Any) -> list[str]:

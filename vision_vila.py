@@ -4,6 +4,9 @@ Shape letters: N tiles, L tokens of a tile, D tower channels, S side of a map in
 the projector.
 """
 
+import copy
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -50,6 +53,22 @@ def concat_scales(maps: list[torch.Tensor], output_scale: int) -> torch.Tensor:
         pooled = F.interpolate(batched.float(), size=size, mode="area").to(scale_map.dtype)
         resized.append(pooled.permute(0, 2, 3, 1).reshape(*scale_map.shape[:-3], *size, -1))
     return torch.cat(resized, dim=-1)
+
+
+def pool_video(features_TSSH: torch.Tensor, pool_sizes: Sequence[Sequence[int]] | None) -> torch.Tensor:
+    """Temporal-spatial pooling of one video, `(frames, S, S, H) -> (tokens, H)` (TSP, NVILA §3.2).
+
+    Each pooling averages groups of frames, then rows, then columns; the last group is of what is left. The results of
+    all poolings follow each other.
+    """
+    pooled = []
+    for pool in pool_sizes if pool_sizes is not None else [(1, 1, 1)]:
+        frames = features_TSSH
+        for dim, size in enumerate(pool):
+            if size > 1:
+                frames = torch.stack([group.mean(dim) for group in frames.split(size, dim)], dim)
+        pooled.append(frames.flatten(0, 2))
+    return torch.cat(pooled)
 
 
 class VilaSpaceToChannel(nn.Module):
@@ -104,12 +123,17 @@ def build_vision_tower(config: VilaConfig) -> PreTrainedModel:
 
     `last_hidden_state` of the result is the hidden state that `vision_feature_layer` names.
     """
-    tower = AutoModel.from_config(config.vision_config)
-    layers = next(module for module in tower.encoder.children() if isinstance(module, nn.ModuleList))
-    del layers[config.num_vision_layers :]
+    used = copy.deepcopy(config.vision_config)
+    used.num_hidden_layers = config.num_vision_layers
+    if hasattr(used, "vision_use_head"):
+        used.vision_use_head = False
+    tower = AutoModel.from_config(used)
     for norm in ("post_layernorm", "layernorm"):
         if hasattr(tower, norm):
             setattr(tower, norm, nn.Identity())
-    if getattr(tower, "head", None) is not None:
-        tower.use_head, tower.head = False, None
+    config.vision_config._attn_implementation = used._attn_implementation
+    # its modules look the attention up in their config, which is to be the one that the whole model's config holds
+    for module in tower.modules():
+        if getattr(module, "config", None) is used:
+            module.config = config.vision_config
     return tower

@@ -12,7 +12,9 @@ Both load. `save_pretrained` writes whole-model names, which other engines read 
 """
 
 import re
+from collections.abc import Mapping
 
+import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
@@ -89,6 +91,23 @@ def original_name(name: str) -> tuple[str, str]:
         if name.startswith(prefix):
             return folder, name.removeprefix(prefix)
     raise KeyError(name)
+
+
+def with_module_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict under whole-model names -> under the names in `VilaForConditionalGeneration`; others stay."""
+    whole, module = INTERN_PREFIXES
+    table = {"^" + re.escape(old): new for old, new in MODULE_PREFIXES.items()}
+    table |= {whole + old: module + new for old, new in INTERN_NAMES.items()}
+    renamed: dict[str, torch.Tensor] = {}
+    for name, tensor in state_dict.items():
+        for old, new in table.items():
+            name = re.sub(old, new, name)
+        if ".attention.qkv." in name:
+            parts = zip("qkv", tensor.chunk(3))
+            renamed |= {name.replace(".qkv.", f".{projection}_proj."): part for projection, part in parts}
+        else:
+            renamed[name] = tensor
+    return renamed
 
 
 def register_weight_names() -> None:

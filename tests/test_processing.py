@@ -321,9 +321,11 @@ def test_a_prompt_without_any_token_is_refused(qwen):
         qwen(text=["a", ""])
 
 
-@pytest.mark.parametrize("options", [{"videos": [WIDE]}, {"audio": [np.zeros(8)]}])
-def test_other_media_are_refused(options, qwen):
-    with pytest.raises(ValueError, match="no video or audio"):
+@pytest.mark.parametrize(
+    ("options", "match"), [({"videos": [[WIDE]]}, "0 <vila/video> .* 1 video"), ({"audio": [np.zeros(8)]}, "no audio")]
+)
+def test_media_without_a_place_are_refused(options, match, qwen):
+    with pytest.raises(ValueError, match=match):
         qwen(text="a", **options)
 
 
@@ -609,3 +611,12 @@ def test_the_processor_works_after_every_error(qwen):
         with pytest.raises((ValueError, TypeError)):
             qwen(**broken)
         assert qwen(**inputs)["input_ids"] == expected
+
+
+def test_time_tokens_become_seconds_and_none_lies_behind_the_end(qwen):
+    processor = copy.deepcopy(qwen)
+    assert processor.decode_times("from <t0> to <t50>", 20.0) == "from <t0> to <t50>"
+    processor.num_time_tokens = 100
+    assert processor.decode_times("from <t0> to <t50>, <t99>, <t120> <t> t5", 20.0) == (
+        "from <0.0> to <10.1>, <20.0>, <20.0> <t> t5"
+    )

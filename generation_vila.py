@@ -1,0 +1,94 @@
+"""What `generate()` adds to transformers' own: continued chats with media, and prompt lookup beside placeholders."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationMixin
+from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
+
+# modality -> names of its tensors
+MEDIA_INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+class VilaGenerationMixin(GenerationMixin):
+    """For a model whose base model has `media_sizes` and `get_placeholder_mask`."""
+
+    config: Any
+    model: Any
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`; with `past_key_values` of earlier turns, their media may be passed again.
+
+        A continued chat is processed as a whole, media of earlier turns included. What lies in the cache is not
+        encoded a second time.
+        """
+        input_ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        cache, cached = kwargs.get("past_key_values"), 0
+        # a mask that is longer than the ids says that they are those of the new turn alone
+        if input_ids is not None and isinstance(cache, Cache) and (mask is None or mask.shape == input_ids.shape):
+            cached = cache.get_seq_length()
+        for modality, (pixels, grid) in MEDIA_INPUTS.items():
+            if input_ids is not None and kwargs.get(pixels) is not None:
+                kwargs[pixels], kwargs[grid] = self._drop_cached(
+                    modality, input_ids, cached, kwargs[pixels], kwargs.get(grid)
+                )
+            if kwargs.get(pixels) is None:
+                # GenerationMixin encodes what is named, even None
+                kwargs.pop(pixels, None)
+                kwargs.pop(grid, None)
+                if input_ids is not None and not kwargs.get("mm_encoder_outputs"):
+                    self.model.get_placeholder_mask(input_ids[:, cached:], torch.empty(0), modality)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        """`GenerationMixin`'s; prompt lookup reads logits at ids of the prompt, which may be placeholders."""
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            last_id = max(self.config.image_token_id, self.config.video_token_id)
+            generator.vocab_size = max(self.config.text_config.vocab_size, last_id + 1)
+        return generator
+
+    def _drop_cached(
+        self,
+        modality: str,
+        input_ids: torch.Tensor,
+        cached: int,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The pixels and grids of the media whose placeholders lie behind the first `cached` positions."""
+        placeholders = input_ids == getattr(self.config, f"{modality}_token_id")
+        if cached == 0 or cached >= input_ids.shape[1] or not placeholders[:, :cached].any():
+            return pixel_values, grid_thw
+        sizes = self.model.media_sizes(modality, pixel_values, grid_thw)
+        is_new = list(media_behind(placeholders, cached, [tokens for _, tokens in sizes]))
+        kept = [part for part, new in zip(pixel_values.split([tiles for tiles, _ in sizes]), is_new) if new]
+        if not kept:
+            return None, None
+        if grid_thw is not None:
+            grid_thw = grid_thw[torch.tensor(is_new, device=grid_thw.device)]
+        return torch.cat(kept), grid_thw
+
+
+def media_behind(placeholders: torch.Tensor, cached: int, tokens: list[int]) -> Iterator[bool]:
+    """For every picture or video, row by row, whether its placeholders start at position `cached` or later.
+
+    Args:
+        placeholders: `(batch, sequence)` mask.
+        tokens: placeholders of each medium, in order.
+
+    Raises:
+        ValueError: if the cache ends inside a medium, or there are more placeholders than media.
+    """
+    sizes = iter(tokens)
+    for row in placeholders:
+        total, inside, start = int(row.sum()), int(row[:cached].sum()), 0
+        while start < total:
+            size = next(sizes, None)
+            if size is None:
+                raise ValueError(f"input_ids has more placeholders than the {len(tokens)} pictures or videos")
+            if start < inside < start + size:
+                raise ValueError("past_key_values ends inside a picture: it can only be continued between pictures")
+            yield start >= inside
+            start += size
