@@ -325,6 +325,8 @@ def save_original_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) ->
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
     if content.get("tokenizer_class") not in ("LlamaTokenizer", "Qwen2Tokenizer"):
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if content["tokenizer_class"] == "LlamaTokenizer":
+        content["legacy"] = False
     content["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if content["tokenizer_class"] == "Qwen2Tokenizer":

@@ -180,6 +180,71 @@ def test_way_back_gives_the_original_config(case, converted, tmp_path):
                 assert restored.get(key) == expected, (file, key)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tokenizer_of_the_way_back_is_one_that_transformers_4_reads(case, converted, tmp_path):
+    """Its classes are those of that time, and the template stands in the config and marks no generation."""
+    folder = to_original(converted(case), tmp_path / "back") / "llm"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] in ("LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast")
+    assert "backend" not in config
+    assert not isinstance(config.get("extra_special_tokens"), list)
+    assert "messages" in config["chat_template"]
+    assert "endgeneration" not in config["chat_template"]
+    slow_files = {"LlamaTokenizer": {"tokenizer.model"}, "Qwen2Tokenizer": {"vocab.json", "merges.txt"}}
+    for file in slow_files.get(config["tokenizer_class"], ()):
+        assert (folder / file).read_bytes() == (case.folder / "checkpoint" / "llm" / file).read_bytes() or (
+            json.loads((folder / file).read_text())
+            == json.loads((case.folder / "checkpoint" / "llm" / file).read_text())
+            if file.endswith(".json")
+            else (folder / file).read_text().split() == (case.folder / "checkpoint" / "llm" / file).read_text().split()
+        )
+    for part in ("llm", "vision_tower", "mm_projector"):
+        assert json.loads((folder.parent / part / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_options_of_the_processor_survive_the_way_back(source, tmp_path):
+    processor = AutoProcessor.from_pretrained(convert(source, tmp_path / "new"))
+    encoder = {
+        "video_pool_sizes": [[2, 1, 1]],
+        "video_as_images": False,
+        "video_sep_tokens": ">",
+        "image_end_tokens": None,
+    }
+    options = {**encoder, "num_video_frames": 5, "video_fps": 2.0, "video_max_tiles": 3, "num_time_tokens": 9}
+    for name, value in options.items():
+        setattr(processor, name, value)
+    processor.save_pretrained(tmp_path / "new")
+    to_original(tmp_path / "new", tmp_path / "back")
+    again = AutoProcessor.from_pretrained(convert(tmp_path / "back", tmp_path / "again"))
+    assert {name: getattr(again, name) for name in options} == options
+
+
+def test_default_target_is_named_after_the_source(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert convert(source).name == "original-hf"
+    snapshot = shutil.copytree(source, tmp_path / "0123abcd")
+    monkeypatch.setattr("vila.conversion_vila.snapshot_download", lambda *args, **kwargs: str(snapshot))
+    assert convert("Organisation/NVILA-8B").name == "NVILA-8B-hf"
+    with pytest.raises(ValueError, match="--in-place needs a folder"):
+        convert("Organisation/NVILA-8B", in_place=True)
+
+
+CLIP_CASE = GoldenCase(COMMITTED_GOLDENS / "vila" / "vila15_clip_image")
+
+
+@pytest.mark.parametrize(
+    ("change", "removed"),
+    [({"size": 84, "crop_size": 84}, ()), ({}, ("do_center_crop",)), ({}, ("size", "crop_size", "image_mean"))],
+)
+def test_clip_preprocessors_of_any_age_mean_the_same(change, removed, tmp_path):
+    source = shutil.copytree(CLIP_CASE.folder / "checkpoint", tmp_path / "original")
+    path = source / "vision_tower" / "preprocessor_config.json"
+    content = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in content.items() if key not in removed}))
+    target = convert(source, tmp_path / "target", conv_mode="vicuna_v1")
+    assert answer(target, CLIP_CASE) == CLIP_CASE.golden["greedy_ids"]
+
+
 def test_sub_folder_model_is_entered(source, tmp_path):
     (tmp_path / "repository").mkdir()
     source.rename(tmp_path / "repository" / "model")
@@ -230,7 +295,45 @@ def truncated_weights(source):
     path.write_bytes(path.read_bytes()[:100])
 
 
+def damage_preprocessor(**options):
+    def damage(source):
+        path = source / "vision_tower" / "preprocessor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+
+    return damage
+
+
+def change_tensor(part, name, change):
+    def damage(source):
+        path = source / part / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors, name)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return damage
+
+
+def broken_json(source):
+    (source / "llm" / "config.json").write_text("{")
+
+
 DAMAGES = {
+    "broken_json": (broken_json, "llm/config.json"),
+    "negative_tiles": (damage_config("max_tiles", -3), "max_tiles"),
+    "tiles_reversed": (damage_config("min_tiles", 13), "min_tiles"),
+    "text_for_a_flag": (damage_config("dynamic_s2", "false"), "dynamic_s2"),
+    "scales_that_do_not_fit": (damage_config("s2", True), "s2_scales"),
+    "mode_without_scales": (damage_config("image_aspect_ratio", "dynamic_s2"), "image_aspect_ratio"),
+    "encoder_is_no_json": (damage_config("image_encoder", "{"), "image_encoder"),
+    "encoder_is_a_list": (damage_config("video_encoder", [1]), "video_encoder"),
+    "picture_size": (damage_preprocessor(size={"height": 84, "width": 84}), "70x70"),
+    "no_deviation": (damage_preprocessor(image_std=[0.0, 0.0, 0.0]), "image_std"),
+    "missing_tensor": (change_tensor("mm_projector", "layers.1.weight", dict.pop), "multi_modal_projector.layers.1"),
+    "extra_tensor": (change_tensor("llm", "model.layers.7.x", lambda t, n: t.update({n: torch.ones(1)})), "layers.7"),
+    "other_shape": (
+        change_tensor("llm", "lm_head.weight", lambda t, n: t.update({n: torch.ones(392, 48)})),
+        "lm_head.*392",
+    ),
     "no_root_config": (lambda source: (source / "config.json").unlink(), "config.json"),
     "no_projector": (lambda source: shutil.rmtree(source / "mm_projector"), "mm_projector"),
     "pickle_only": (only_pickle, "pickle"),
