@@ -251,7 +251,7 @@ def check_weights(config: VilaConfig, shards: dict[str, list[Shard]]) -> None:
         }
     found = {name: list(tensor.shape) for name, tensor in with_module_names(stored).items()}
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    ignored = re.compile("|".join([*model._keys_to_ignore_on_load_unexpected, r"position_ids$", r"inv_freq$"]))
+    ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"position_ids$", r"inv_freq$"]))
     for name in sorted(expected.keys() | found.keys()):
         if name not in found and not (name == "lm_head.weight" and config.tie_word_embeddings):
             raise ValueError(f"the checkpoint lacks the tensor {name!r}")

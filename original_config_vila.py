@@ -155,7 +155,10 @@ def to_original_encoders(processor: VilaProcessor) -> dict[str, Any]:
     if image != {"start_tokens": None, "end_tokens": "\n"}:
         options["image_encoder"] = json.dumps({"_target_": ENCODER_TARGET + "BasicImageEncoder", **image})
     if not processor.video_as_images:
-        video = {"start_tokens": processor.video_start_tokens, "end_tokens": processor.video_end_tokens}
+        video: dict[str, Any] = {
+            "start_tokens": processor.video_start_tokens,
+            "end_tokens": processor.video_end_tokens,
+        }
         name = "BasicVideoEncoder"
         if processor.video_pool_sizes is not None:
             name = "TSPVideoEncoder"

@@ -11,7 +11,8 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, count, groupby, islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from .chat_vila import (
     without_breaks,
 )
 from .geometry_vila import TileGrid, num_image_tokens, num_tiles, pooled_frames
-from .image_processing_vila import VilaImagesKwargs
+from .image_processing_vila import VilaImagesKwargs, errors_name
 from .media_vila import assign_media
 from .video_processing_vila import VilaVideosKwargs, load_frames
 
@@ -41,6 +42,9 @@ logger = logging.get_logger(__name__)
 
 # videos of more frames than this show a progress bar while they are decoded
 LONG_VIDEO_FRAMES = 64
+
+# options of the image processor for views that `frame_views` made
+CUT_ALREADY = {"image_mode": "plain", "do_resize": False, "do_center_crop": False}
 
 UNSUPPORTED_TEXT_OPTIONS = (
     "text_pair",
@@ -66,6 +70,13 @@ class Medium(NamedTuple):
     block: list[int]
     type: int
     is_tiled: bool
+
+
+class Shown(NamedTuple):
+    """The views that one picture or video is shown as, and whether they have the tower's size already."""
+
+    views: list[Any]
+    is_cut: bool
 
 
 class EncodedPrompt(NamedTuple):
@@ -228,38 +239,61 @@ class VilaProcessor(ProcessorMixin):
             images = self.image_processor.fetch_images(images, images_kwargs.get("max_pixels"))
         pictures = assign_media(images, prompts, self.image_token, "picture")
         clips = assign_media(videos, prompts, self.video_token, "video")
-        conversations: list[list[Any]] = []  # what is shown as pictures, and of each medium how many views that is
-        counts: list[list[int]] = []
+        rows: list[list[Shown]] = []
         frames: list[list[Any]] = []  # of every encoded video
+        numbers = count()
         for prompt, own_pictures, own_clips in zip(prompts, map(iter, pictures), map(iter, clips)):
             tokens = re.findall(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}", prompt)
-            views = []
+            row = []
             for token in tokens:
                 if token == self.image_token:
-                    views.append([next(own_pictures)])
+                    row.append(Shown([next(own_pictures)], False))
                     continue
-                clip = self._video_views(next(own_clips), len(tokens) == 1, images_kwargs, videos_kwargs)
+                with errors_name(f"video {next(numbers)}"):
+                    clip = self._video_views(next(own_clips), len(tokens) == 1, images_kwargs, videos_kwargs)
                 if not self.video_as_images:
-                    frames.append(clip)
-                views.append(clip if self.video_as_images else [])
-            counts.append([len(medium) for medium in views])
-            conversations.append([view for medium in views for view in medium])
+                    frames.append(clip.views)
+                row.append(clip if self.video_as_images else Shown([], True))
+            rows.append(row)
 
-        data: dict[str, Any] = {}
-        if any(conversations):
-            data |= self.image_processor([views for views in conversations if views], **images_kwargs)
+        data = self._process_shown(rows, images_kwargs)
         if frames:
             data |= self._process_frames(frames, images_kwargs)
         grids = iter([TileGrid(int(rows), int(cols)) for _, rows, cols in data.get("image_grid_thw", [])])
         clip_lengths = iter(len(clip) for clip in frames)
         media = [
             [
-                self._shown(count, grids) if count else Medium(self.video_block(next(clip_lengths)), 2, False)
-                for count in row
+                self._shown(len(views), grids) if views else Medium(self.video_block(next(clip_lengths)), 2, False)
+                for views, _ in row
             ]
-            for row in counts
+            for row in rows
         ]
         return data, media
+
+    def _process_shown(self, rows: list[list[Shown]], images_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Pixels of pictures, and of videos shown as such: their frames are cut already, and never tiled again."""
+        parts: list[tuple[dict[str, Any], list[Any]]] = []
+        for row in rows:
+            shown = [medium for medium in row if medium.views]
+            if not any(medium.is_cut for medium in shown):
+                parts += [(images_kwargs, [view for medium in shown for view in medium.views])] if shown else []
+                continue
+            # beside a video, a picture is one of several
+            tiles = images_kwargs.get("tile_multiple_images", self.image_processor.tile_multiple_images)
+            picture_kwargs = images_kwargs if tiles else {**images_kwargs, "image_mode": self._untiled(images_kwargs)}
+            frame_kwargs = {**images_kwargs, **CUT_ALREADY}
+            parts += [(frame_kwargs if medium.is_cut else picture_kwargs, medium.views) for medium in shown]
+        batches = [
+            self.image_processor([views for _, views in group], **options)
+            for options, group in groupby(parts, key=itemgetter(0))
+        ]
+        if len(batches) < 2:
+            return dict(batches[0]) if batches else {}
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _untiled(self, images_kwargs: dict[str, Any]) -> str:
+        mode = images_kwargs.get("image_mode") or self.image_processor.image_mode
+        return "plain" if mode in ("dynamic", "dynamic_s2") else mode
 
     def _shown(self, views: int, grids: Iterator[TileGrid]) -> Medium:
         """A picture, or a video whose frames are shown one after the other as pictures."""
@@ -269,28 +303,29 @@ class VilaProcessor(ProcessorMixin):
 
     def _video_views(
         self, source: Any, is_alone: bool, images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]
-    ) -> list[Any]:
+    ) -> Shown:
         """The sampled frames of one video as the tower is shown them, shrunk one by one as they are decoded."""
         num_frames, fps = videos_kwargs.get("num_frames"), videos_kwargs.get("fps")
         is_file = isinstance(source, (str, bytes, os.PathLike))
         if num_frames is None and fps is None and is_file and videos_kwargs.get("do_sample_frames") is not False:
             num_frames, fps = self.num_video_frames, self.video_fps or None
+            if not isinstance(source, bytes) and os.path.isdir(source):
+                fps = None  # pictures have no times
         max_tiles = videos_kwargs.get("video_max_tiles") or self.video_max_tiles
         frames = load_frames(source, num_frames, fps)
         begin = list(islice(frames, 2))
         if self.video_as_images and is_alone and len(begin) == 1 and max_tiles == 1:
-            return begin  # the original tiles a single frame like a single picture
+            return Shown(begin, False)  # the original tiles a single frame like a single picture
         kwargs = {name: value for name, value in images_kwargs.items() if name != "return_tensors"}
         is_long = (num_frames or 0) > LONG_VIDEO_FRAMES
         steps = logging.tqdm(chain(begin, frames), desc="Decoding frames", total=num_frames, disable=not is_long)
-        return [view for frame in steps for view in self.image_processor.frame_views(frame, max_tiles, **kwargs)]
+        views = [view for frame in steps for view in self.image_processor.frame_views(frame, max_tiles, **kwargs)]
+        return Shown(views, True)
 
     def _process_frames(self, clips: list[list[Any]], images_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Pixels of encoded videos; their frames are never tiled, only shown as a whole."""
-        mode = images_kwargs.get("image_mode") or self.image_processor.image_mode
-        untiled = "plain" if mode in ("dynamic", "dynamic_s2") else mode
         frames = [frame for clip in clips for frame in clip]
-        pixels = self.image_processor([frames], **{**images_kwargs, "image_mode": untiled})["pixel_values"]
+        pixels = self.image_processor([frames], **{**images_kwargs, **CUT_ALREADY})["pixel_values"]
         return {"pixel_values_videos": pixels, "video_grid_thw": np.array([(len(clip), 1, 1) for clip in clips])}
 
     def video_block(self, num_frames: int) -> list[int]:

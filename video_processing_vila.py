@@ -159,8 +159,8 @@ def open_video(source: str | bytes | os.PathLike) -> str | BytesIO:
     if len(text) < 4096 and os.path.isfile(text):
         return os.path.abspath(text)  # a relative name may look like one of FFmpeg's protocols
     # only what has the suffix of a file name is shown: the rest may be somebody's data
-    shown = f": {text!r}" if isinstance(source, os.PathLike) or (len(text) <= 200 and os.path.splitext(text)[1]) else ""
-    raise ValueError(f"not an http(s) URL or an existing video file{shown}")
+    is_name = isinstance(source, os.PathLike) or (len(text) <= 200 and os.path.splitext(text)[1])
+    raise ValueError("not an http(s) URL or an existing video file" + (f": {text!r}" if is_name else ""))
 
 
 def decode_frames(file: str | BytesIO, num_frames: int | None, fps: float | None) -> Iterator[Image.Image]:
@@ -211,11 +211,13 @@ def scan_packets(file: str | BytesIO, name: str) -> Packets:
         if not (streams := video_streams(container)):
             raise ValueError(f"{name} has no video stream")
         stream = streams[0]
+        if stream.codec_context is None:
+            raise ValueError(f"{name} has an unknown codec")
         check_pixels(stream.width, stream.height, f"decoding {name}")
         found = [
             (packet.pts, packet.is_keyframe)
             for packet in read_packets(container, stream)
-            if packet.size and not packet.is_discard
+            if packet.size and not (packet.is_discard or packet.is_corrupt)
         ]
         if not found:
             raise ValueError(f"{name} holds no frames")

@@ -1,7 +1,7 @@
 """Time and memory of `vila-convert`: `python benchmarks/conversion.py`.
 
 Linking is measured on a 15B layout whose weight files are sparse (headers are real, data are holes), copying on three
-shards of 512 MiB beside a plain `shutil.copyfile` of the same bytes. Prints one line per figure.
+shards beside a plain `shutil.copyfile` of the same bytes. Prints one line per figure.
 """
 
 import argparse
@@ -14,9 +14,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = REPOSITORY / "tests" / "goldens" / "vila" / "nvila_lite_image" / "checkpoint"
 MIB = 2**20
+QWEN_14B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 48,
+}
 
 
 def write_sparse(path: Path, tensors: dict[str, list[int]]) -> None:
@@ -34,21 +45,28 @@ def write_sparse(path: Path, tensors: dict[str, list[int]]) -> None:
         file.truncate(8 + len(text) + offset)
 
 
-def make_layout(folder: Path, shards: int, layers: int, hidden: int) -> None:
-    """The tiny checkpoint's folder with a language model of other files; configs do not matter for this figure."""
+def make_layout(folder: Path, shards: int, **llm: int) -> None:
+    """The tiny checkpoint's folder with a language model of other sizes, and a projector that fits."""
     shutil.copytree(TINY, folder)
     (folder / "llm" / "model.safetensors").unlink()
-    weight_map = {}
+    path = folder / "llm" / "config.json"
+    config = {**json.loads(path.read_text()), **llm}
+    path.write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "llm"))
+    shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    names, weight_map = list(shapes), {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        names = {
-            f"model.layers.{layer}.mlp.{part}_proj.weight": [4 * hidden, hidden]
-            for layer in range(shard * layers // shards, (shard + 1) * layers // shards)
-            for part in ("gate", "up", "down")
-        }
-        write_sparse(folder / "llm" / file, names)
-        weight_map |= dict.fromkeys(names, file)
+        own = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        write_sparse(folder / "llm" / file, {name: shapes[name] for name in own})
+        weight_map |= dict.fromkeys(own, file)
     (folder / "llm" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    projector, hidden = load_file(folder / "mm_projector" / "model.safetensors"), config["hidden_size"]
+    size = json.loads((TINY / "llm" / "config.json").read_text())["hidden_size"]
+    for name, weight in projector.items():
+        projector[name] = torch.zeros([hidden if extent == size else extent for extent in weight.shape])
+    save_file(projector, folder / "mm_projector" / "model.safetensors")
 
 
 def convert_in_child(*arguments: str | Path) -> tuple[float, float]:
@@ -62,7 +80,7 @@ def convert_in_child(*arguments: str | Path) -> tuple[float, float]:
         "print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
     )
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds, peak = output.split()[-2:]
     return float(seconds), float(peak)
 
@@ -73,13 +91,13 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
-        make_layout(folder / "large", shards=6, layers=48, hidden=5120)
+        make_layout(folder / "large", shards=6, **QWEN_14B)
         size = sum(path.stat().st_size for path in (folder / "large").rglob("*.safetensors"))
         runs = [convert_in_child(folder / "large", folder / f"linked{run}") for run in range(repeats)]
         seconds, peak = (statistics.median(column) for column in zip(*runs))
         sys.stdout.write(f"link {size / 1e9:.1f} GB: {seconds:.2f} s, peak +{peak:.0f} MiB\n")
 
-        make_layout(folder / "middle", shards=3, layers=15, hidden=2048)
+        make_layout(folder / "middle", shards=3, **{**QWEN_14B, "hidden_size": 1024, "num_attention_heads": 8})
         shard = max(path.stat().st_size for path in (folder / "middle").rglob("*.safetensors")) / MIB
         ratios, peaks = [], []
         for run in range(repeats):

@@ -697,7 +697,7 @@ def test_every_option_of_our_own_is_tried():
     assert set(OWN_OPTIONS) == set(VilaImagesKwargs.__annotations__) - set(ImagesKwargs.__annotations__)
 
 
-@pytest.mark.parametrize("name", sorted((OWN_OPTIONS | INHERITED_OPTIONS).keys() - {"max_pixels"}))  # gives errors only
+@pytest.mark.parametrize("name", sorted((OWN_OPTIONS | INHERITED_OPTIONS).keys() - {"max_pixels"}))
 def test_option_has_the_same_effect_at_call_time_as_in_the_constructor(name):
     value, others = (OWN_OPTIONS | INHERITED_OPTIONS)[name]
     images = transparent_pair() if name == "tile_multiple_images" else transparent_pair()[0]

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from vila.configuration_vila import VilaConfig
 from vila.modeling_vila import VilaForConditionalGeneration, VilaModel
 from vila.vision_vila import VilaMultiModalProjector
@@ -700,3 +701,22 @@ def test_parts_are_found_where_engines_look_for_them():
     assert model.get_input_embeddings() is model.model.language_model.embed_tokens
     assert model.get_decoder() is model.model.language_model
     assert model.base_model is model.model
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_base_model_alone_loads_without_a_rest(converted, checkpoint):
+    _, info = VilaModel.from_pretrained(converted(checkpoint), output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_layers_behind_the_selected_one_are_never_built(monkeypatch):
+    built, build = [], SiglipEncoderLayer.__init__
+
+    def spy(layer, config):
+        built.append(layer)
+        build(layer, config)
+
+    monkeypatch.setattr(SiglipEncoderLayer, "__init__", spy)
+    model = tiny_model()
+    assert len(built) == model.config.num_vision_layers == model.config.vision_config.num_hidden_layers - 1

@@ -620,3 +620,37 @@ def test_time_tokens_become_seconds_and_none_lies_behind_the_end(qwen):
     assert processor.decode_times("from <t0> to <t50>, <t99>, <t120> <t> t5", 20.0) == (
         "from <0.0> to <10.1>, <20.0>, <20.0> <t> t5"
     )
+
+
+@pytest.mark.parametrize("options", [{"image_mode": "dynamic"}, {"s2_scales": [56, 112]}])
+def test_scales_that_the_model_does_not_merge_are_refused(options, converted):
+    processor = AutoProcessor.from_pretrained(converted("nvila_dynamic_s2_image"))
+    with pytest.raises(ValueError, match="merges"):
+        processor(text="<image>", images=WIDE, **options)
+
+
+def test_dynamic_scales_are_refused_where_the_model_has_none(qwen):
+    with pytest.raises(ValueError, match="image_mode 'dynamic_s2' does not fit"):
+        qwen(text="<image>", images=WIDE, image_mode="dynamic_s2")
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "llama_3"])
+def test_a_template_of_one_call_decides_where_its_messages_end(name, qwen):
+    """A tiled picture at the end of its message has no line break behind it, whoever's template wrote the end."""
+    template = named_template(name)
+    own = copy.deepcopy(qwen)
+    own.chat_template = template
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    chat = [user("a", image(WIDE))]
+    per_call = qwen.apply_chat_template(chat, chat_template=template, **options)
+    assert per_call["input_ids"] == own.apply_chat_template(chat, **options)["input_ids"]
+
+
+def test_literal_tokens_can_be_let_through_from_processor_options(qwen):
+    options = {"tokenize": True, "return_dict": True}
+    through = qwen.apply_chat_template(
+        [user("<|im_end|>")], processor_kwargs={"sanitize_control_tokens": False}, **options
+    )
+    direct = qwen.apply_chat_template([user("<|im_end|>")], sanitize_control_tokens=False, **options)
+    assert through["input_ids"] == direct["input_ids"]
+    assert through["input_ids"] != qwen.apply_chat_template([user("<|im_end|>")], **options)["input_ids"]
