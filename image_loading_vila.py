@@ -8,7 +8,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from huggingface_hub import get_session
+from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 URL_TIMEOUT_SECONDS = 30.0
@@ -33,9 +33,7 @@ def open_image(source: str | bytes | os.PathLike, max_pixels: int = MAX_PIXELS) 
         return decode_image(source, "the given byte string", max_pixels)
     text = os.fsdecode(source)
     if text.startswith(("http://", "https://")):
-        response = get_session().get(text, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
-        response.raise_for_status()
-        return decode_image(response.content, "the given URL", max_pixels)
+        return decode_image(fetch_url(text), "the given URL", max_pixels)
     if text.startswith("data:"):
         header, _, payload = text.partition(",")
         if not header.startswith("data:image/") or not header.endswith(";base64"):
@@ -56,6 +54,20 @@ def open_image(source: str | bytes | os.PathLike, max_pixels: int = MAX_PIXELS) 
     except ValueError as error:
         raise ValueError("not an http(s) URL, an existing file, a data URI or a base64 string") from error
     return decode_image(data, "the given base64 string", max_pixels)
+
+
+def fetch_url(url: str) -> bytes:
+    """What an http(s) URL answers.
+
+    Raises:
+        ValueError: if it cannot be reached or answers with an error.
+    """
+    try:
+        response = httpx.get(url, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
+        response.raise_for_status()
+    except httpx.HTTPError as error:
+        raise ValueError(f"the given URL could not be fetched ({type(error).__name__})") from error
+    return response.content
 
 
 def decode_base64(text: str) -> bytes:

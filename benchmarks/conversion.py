@@ -19,6 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+from sparse import write_shards  # noqa: E402
+
 TINY = REPOSITORY / "tests" / "goldens" / "vila" / "nvila_lite_image" / "checkpoint"
 MIB = 2**20
 QWEN_14B = {
@@ -28,21 +32,6 @@ QWEN_14B = {
     "num_key_value_heads": 8,
     "num_hidden_layers": 48,
 }
-
-
-def write_sparse(path: Path, tensors: dict[str, list[int]]) -> None:
-    """A safetensors file with a valid header whose bfloat16 data are a hole."""
-    header, offset = {}, 0
-    for name, shape in tensors.items():
-        size = 2
-        for extent in shape:
-            size *= extent
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
 
 
 def make_layout(folder: Path, shards: int, **llm: int) -> None:
@@ -55,13 +44,7 @@ def make_layout(folder: Path, shards: int, **llm: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "llm"))
     shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
-    names, weight_map = list(shapes), {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        own = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
-        write_sparse(folder / "llm" / file, {name: shapes[name] for name in own})
-        weight_map |= dict.fromkeys(own, file)
-    (folder / "llm" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_shards(folder / "llm", shapes, shards)
     projector, hidden = load_file(folder / "mm_projector" / "model.safetensors"), config["hidden_size"]
     size = json.loads((TINY / "llm" / "config.json").read_text())["hidden_size"]
     for name, weight in projector.items():

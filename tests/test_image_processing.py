@@ -1,11 +1,14 @@
 """Pictures to tiles: bit-equal to plain PIL and transformers' own processors, and safe with any input."""
 
 import base64
+import functools
+import http.server
 import io
 import itertools
 import os
 import re
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -773,3 +776,17 @@ def test_saved_processor_is_the_same_processor(options, tmp_path):
         loaded = auto_class.from_pretrained(tmp_path)
         assert loaded.to_dict() == processor.to_dict()
         assert as_dict(loaded(images)) == as_dict(processor(images))
+
+
+def test_a_url_is_fetched_and_its_failure_is_a_value_error(tmp_path):
+    picture(31, 45).save(tmp_path / "picture.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert np.array_equal(seen(f"{address}/picture.png"), seen(tmp_path / "picture.png"))
+        with pytest.raises(ValueError, match="could not be fetched"):
+            seen(f"{address}/missing.png")
+        server.shutdown()
+    with pytest.raises(ValueError, match="could not be fetched"):
+        seen(f"{address}/picture.png")
