@@ -166,15 +166,29 @@ class VilaModel(VilaPreTrainedModel):
             raise ValueError(
                 f"video_grid_thw describes {sum(counts)} frames, pixel_values_videos holds {len(pixel_values_videos)}"
             )
-        chunks = pixel_values_videos.split(self.config.vision_chunk_size)
-        is_long = len(chunks) > LONG_VIDEO_CHUNKS
-        encoded = [
-            self._encode_frames(chunk.to(self.vision_tower.dtype), **kwargs)
-            for chunk in logging.tqdm(chunks, desc="Encoding frames", unit="chunk", disable=not is_long)
-        ]
-        videos = torch.cat(encoded).split(counts)
-        features = [pool_video(to_map(frames), self.config.video_pool_sizes) for frames in videos]
+        is_long = len(pixel_values_videos) > LONG_VIDEO_CHUNKS * self.config.vision_chunk_size
+        with logging.tqdm(total=sum(counts), desc="Encoding frames", unit="frame", disable=not is_long) as progress:
+            features = [
+                pool_video(to_map(self._encode_video(frames, progress, **kwargs)), self.config.video_pool_sizes)
+                for frames in pixel_values_videos.split(counts)
+            ]
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+    def _encode_video(self, frames: torch.Tensor, progress: Any, **kwargs: Any) -> torch.Tensor:
+        """`(frames, 3, height, width) -> (frames, T, H)`, chunk by chunk."""
+        encoded: Any = []
+        for chunk in frames.split(self.config.vision_chunk_size):
+            features = self._encode_frames(chunk.to(self.vision_tower.dtype), **kwargs)
+            if torch.is_grad_enabled():
+                encoded.append(features)
+            else:
+                # into one tensor as they come: joining them at the end would hold all of them twice
+                if len(encoded) == 0:
+                    encoded, filled = features.new_empty(len(frames), *features.shape[1:]), 0
+                encoded[filled : filled + len(chunk)] = features
+                filled += len(chunk)
+            progress.update(len(chunk))
+        return torch.cat(encoded) if isinstance(encoded, list) else encoded
 
     def _encode_frames(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """A chunk of frames -> `(N, T, H)`; with dynamic S2 a frame's channels stand for all scales."""

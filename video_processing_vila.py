@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 from av.stream import Disposition
-from huggingface_hub import get_session
 from PIL import Image
 from transformers.processing_utils import VideosKwargs
 from transformers.utils import logging
 
 from .geometry_vila import sample_frames
-from .image_loading_vila import URL_TIMEOUT_SECONDS, check_pixels, open_image
+from .image_loading_vila import check_pixels, fetch_url, open_image
 
 logger = logging.get_logger(__name__)
 
@@ -145,9 +144,7 @@ def open_video(source: str | bytes | os.PathLike) -> str | BytesIO:
         return BytesIO(source)
     text = os.fsdecode(source)
     if text.startswith(("http://", "https://")):
-        response = get_session().get(text, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
-        response.raise_for_status()
-        return BytesIO(response.content)
+        return BytesIO(fetch_url(text))
     if text.startswith("data:"):
         header, _, payload = text.partition(",")
         if not header.startswith("data:video/") or not header.endswith(";base64"):
@@ -193,7 +190,7 @@ def open_container(file: str | BytesIO) -> Any:
     if isinstance(file, BytesIO):
         file.seek(0)
     # a playlist would make FFmpeg read other files or URLs
-    return av.open(file, options={"format_whitelist": FORMATS})
+    return av.open(file, options={"format_whitelist": FORMATS}, metadata_errors="replace")
 
 
 def video_streams(container: Any) -> list[Any]:

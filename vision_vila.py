@@ -61,8 +61,10 @@ def pool_video(features_TSSH: torch.Tensor, pool_sizes: Sequence[Sequence[int]] 
     Each pooling averages groups of frames, then rows, then columns; the last group is of what is left. The results of
     all poolings follow each other.
     """
+    if pool_sizes is None:
+        return features_TSSH.flatten(0, 2)
     pooled = []
-    for pool in pool_sizes if pool_sizes is not None else [(1, 1, 1)]:
+    for pool in pool_sizes:
         frames = features_TSSH
         for dim, size in enumerate(pool):
             if size > 1:
