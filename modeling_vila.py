@@ -168,14 +168,26 @@ class VilaModel(VilaPreTrainedModel):
             )
         is_long = len(pixel_values_videos) > LONG_VIDEO_CHUNKS * self.config.vision_chunk_size
         with logging.tqdm(total=sum(counts), desc="Encoding frames", unit="frame", disable=not is_long) as progress:
-            features = [
-                pool_video(to_map(self._encode_video(frames, progress, **kwargs)), self.config.video_pool_sizes)
-                for frames in pixel_values_videos.split(counts)
-            ]
+            features = [self._encode_video(frames, progress, **kwargs) for frames in pixel_values_videos.split(counts)]
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
     def _encode_video(self, frames: torch.Tensor, progress: Any, **kwargs: Any) -> torch.Tensor:
-        """`(frames, 3, height, width) -> (frames, T, H)`, chunk by chunk."""
+        """One video, `(frames, 3, height, width) -> (tokens, H)`, pooled as it is encoded."""
+        pools = self.config.video_pool_sizes
+        if pools is None:
+            return self._encode_chunks(frames, progress, **kwargs).flatten(0, 1)
+        # no group of any pooling reaches across the blocks
+        together = math.lcm(*(time for time, _, _ in pools))
+        block_size = together * math.ceil(self.config.vision_chunk_size / together)
+        pooled: list[list[torch.Tensor]] = [[] for _ in pools]
+        for block in frames.split(block_size):
+            maps = to_map(self._encode_chunks(block, progress, **kwargs))
+            for parts, pool in zip(pooled, pools):
+                parts.append(pool_video(maps, [pool]))
+        return torch.cat([part for parts in pooled for part in parts])
+
+    def _encode_chunks(self, frames: torch.Tensor, progress: Any, **kwargs: Any) -> torch.Tensor:
+        """`(frames, 3, height, width) -> (frames, T, H)`, a few at a time."""
         encoded: Any = []
         for chunk in frames.split(self.config.vision_chunk_size):
             features = self._encode_frames(chunk.to(self.vision_tower.dtype), **kwargs)

@@ -419,3 +419,17 @@ def test_conversion_reads_the_video_options_and_gives_them_back(tmp_path, form):
     if isinstance(back["video_encoder"], str):
         back["video_encoder"] = json.loads(back["video_encoder"])
     assert {name: back[name] for name in given} == {**given, "video_encoder": ENCODER}
+
+
+@pytest.mark.parametrize("pools", [None, [[2, 1, 1]], [[3, 1, 1], [2, 2, 2]]], ids=str)
+@pytest.mark.parametrize("count", [1, 5, 17])
+def test_pooling_block_by_block_equals_pooling_the_whole_video(case, pools, count):
+    """A block holds whole groups of every pooling; the groups of the last one may be cut short."""
+    frames = torch.rand(count, 3, 70, 70)
+    features = {}
+    for chunk in (1, 2, 64):
+        model = case(pools=pools, chunk=chunk, video_as_images=False).model
+        with torch.no_grad():
+            (features[chunk],) = model.get_video_features(frames).pooler_output
+    assert torch.allclose(features[1], features[64], atol=1e-5)
+    assert torch.allclose(features[2], features[64], atol=1e-5)
