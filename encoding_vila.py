@@ -64,7 +64,7 @@ class VilaMediaEncoder:
         if self.config.dynamic_s2:
             features = self._encode_dynamic_s2(pixel_values, grids, **kwargs)
         else:
-            chunks = pixel_values.split(self.config.vision_chunk_size)
+            chunks = pixel_values.split(self._chunk_size)
             encoded = torch.cat([self.multi_modal_projector(self._encode_tiles(c, **kwargs)) for c in chunks])
             tiles = encoded.split([num_tiles(grid) for grid in grids])
             features = [picture.flatten(0, 1) for picture in tiles]
@@ -94,7 +94,7 @@ class VilaMediaEncoder:
             raise ValueError(
                 f"video_grid_thw describes {sum(counts)} frames, pixel_values_videos holds {len(pixel_values_videos)}"
             )
-        is_long = len(pixel_values_videos) > LONG_VIDEO_CHUNKS * self.config.vision_chunk_size
+        is_long = len(pixel_values_videos) > LONG_VIDEO_CHUNKS * self._chunk_size
         with logging.tqdm(total=sum(counts), desc="Encoding frames", unit="frame", disable=not is_long) as progress:
             features = [self._encode_video(frames, progress, **kwargs) for frames in pixel_values_videos.split(counts)]
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ class VilaMediaEncoder:
             return self._encode_chunks(frames, progress, **kwargs).flatten(0, 1)
         # no group of any pooling reaches across the blocks
         together = math.lcm(*(time for time, _, _ in pools))
-        block_size = together * math.ceil(self.config.vision_chunk_size / together)
+        block_size = together * math.ceil(self._chunk_size / together)
         pooled: list[list[torch.Tensor]] = [[] for _ in pools]
         for block in frames.split(block_size):
             maps = to_map(self._encode_chunks(block, progress, **kwargs))
@@ -117,7 +117,7 @@ class VilaMediaEncoder:
     def _encode_chunks(self, frames: torch.Tensor, progress: Any, **kwargs: Any) -> torch.Tensor:
         """`(frames, 3, height, width) -> (frames, T, H)`, a few at a time."""
         encoded: Any = []
-        for chunk in frames.split(self.config.vision_chunk_size):
+        for chunk in frames.split(self._chunk_size):
             features = self._encode_frames(chunk.to(self.vision_tower.dtype), **kwargs)
             if torch.is_grad_enabled():
                 encoded.append(features)
@@ -135,6 +135,11 @@ class VilaMediaEncoder:
         features = self._encode_tiles(pixel_values, **kwargs)
         repeats = len(self.config.s2_scales) if self.config.dynamic_s2 else 1
         return self.multi_modal_projector(features.repeat(1, 1, repeats))
+
+    @property
+    def _chunk_size(self) -> int:
+        """Tiles that go through the tower at a time; on a CPU more of them only take more memory."""
+        return self.config.vision_chunk_size or (2 if self.vision_tower.device.type == "cpu" else 8)
 
     def media_sizes(
         self, modality: str, pixel_values: torch.Tensor, grid_thw: torch.Tensor | None
@@ -177,7 +182,7 @@ class VilaMediaEncoder:
             grid = TileGrid(side, side)
             pictures = scaled.to(pixel_values.dtype).permute(0, 2, 3, 1)
             crops = torch.cat([split_blocks(picture, grid) for picture in pictures]).permute(0, 3, 1, 2)
-            chunks = crops.split(self.config.vision_chunk_size)
+            chunks = crops.split(self._chunk_size)
             crop_maps = to_map(torch.cat([self._run_tower(chunk, **kwargs) for chunk in chunks]))
             maps.append(torch.stack([merge_blocks(own, grid) for own in crop_maps.split(grid.area)]))
         return concat_scales(maps, self.config.s2_resize_output_to_scale_idx).flatten(1, 2)
@@ -186,7 +191,7 @@ class VilaMediaEncoder:
         self, pixel_values: torch.Tensor, grids: list[TileGrid], **kwargs: Any
     ) -> list[torch.Tensor]:
         """All tiles of all pictures -> projected features per picture (NVILA §3.1, dynamic S2)."""
-        chunks = pixel_values.split(self.config.vision_chunk_size)
+        chunks = pixel_values.split(self._chunk_size)
         tiles_NLD = torch.cat([self._run_tower(chunk, **kwargs) for chunk in chunks])
         features = []
         for tiles, grid in zip(tiles_NLD.split([num_tiles(g, self.config.s2_scales) for g in grids]), grids):

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
+
+from .cache_vila import grow_in_place
 
 # modality -> names of its tensors
 MEDIA_INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -40,6 +42,13 @@ class VilaGenerationMixin(GenerationMixin):
                 if input_ids is not None and not kwargs.get("mm_encoder_outputs"):
                     self.model.get_placeholder_mask(input_ids[:, cached:], torch.empty(0), modality)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> bool:
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        grow_in_place(model_kwargs.get("past_key_values"))
+        return prepared
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         """`GenerationMixin`'s; prompt lookup reads logits at ids of the prompt, which may be placeholders."""

@@ -34,6 +34,7 @@ from .geometry_vila import (
     tile_boxes,
 )
 from .image_loading_vila import MAX_PIXELS, array_to_image, check_pixels, load_image, open_image, to_rgb
+from .resizing_vila import in_threads, resize_picture
 
 logger = logging.get_logger(__name__)
 
@@ -234,12 +235,16 @@ class VilaImageProcessor(PilBackend):
         table = normalisation_table(**kwargs)
         height, width = images[0].height, images[0].width
         pixel_values = np.empty((len(images), 3, height, width), dtype=np.float32)
-        for tile, picture in zip(pixel_values, images):
-            if (picture.height, picture.width) != (height, width):
-                raise ValueError("pictures of different sizes cannot be batched: `do_resize=False` needs equal sizes")
-            pixels = np.asarray(picture)
+        if any((picture.height, picture.width) != (height, width) for picture in images):
+            raise ValueError("pictures of different sizes cannot be batched: `do_resize=False` needs equal sizes")
+
+        def normalise(number: int) -> None:
+            pixels = np.asarray(images[number])
             for channel in range(3):
-                np.take(table[channel], pixels[..., channel], out=tile[channel])
+                # no index of 8 bits is outside of the table: clipping saves the check
+                np.take(table[channel], pixels[..., channel], out=pixel_values[number, channel], mode="clip")
+
+        in_threads(normalise, range(len(images)), limit=len(images))
         data = {
             "pixel_values": pixel_values,
             "image_grid_thw": np.array([(1, grid.rows, grid.cols) for grid in grids], dtype=np.int64),
@@ -281,7 +286,7 @@ def resize(
 ) -> Image.Image:
     # Pillow brings every row of the picture to the new width before it changes their number
     check_pixels(width, max(height, picture.height), "resizing the picture", limit)
-    return picture.resize((width, height), resample)
+    return resize_picture(picture, (width, height), resample)
 
 
 def tile_side(size: SizeDict | dict[str, int]) -> int:

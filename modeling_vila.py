@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
+from .attention_vila import default_attention, register_cpu_attention
 from .configuration_vila import VilaConfig, first
 from .encoding_vila import VilaMediaEncoder
 from .generation_vila import VilaGenerationMixin
@@ -28,6 +29,7 @@ from .loss_vila import soft_time_loss
 from .vision_vila import VilaMultiModalProjector, build_vision_tower
 from .weight_names_vila import register_weight_names, with_module_names
 
+register_cpu_attention()
 register_weight_names()
 
 PLURALS = {"image": "pictures", "video": "videos"}
@@ -71,12 +73,17 @@ class VilaPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        return super().get_correct_attn_implementation(requested_attention or default_attention(), *args, **kwargs)
+
 
 class VilaModel(VilaPreTrainedModel, VilaMediaEncoder):
     """VILA without the language modelling head."""
 
     def __init__(self, config: VilaConfig):
         super().__init__(config)
+        for part in (config.vision_config, config.text_config):
+            part._attn_implementation = part._attn_implementation or default_attention()
         self.vision_tower = build_vision_tower(config)
         self.multi_modal_projector = VilaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)

@@ -89,7 +89,7 @@ def test_feature_size_grows_with_the_scales_in_use(options, scales):
 
 
 NONSENSE = [
-    *(("vision_chunk_size", {"vision_chunk_size": value}) for value in (0, -1, math.nan, "8", True, 2.5, None)),
+    *(("vision_chunk_size", {"vision_chunk_size": value}) for value in (0, -1, math.nan, "8", True, 2.5)),
     *(("image_token_id", {"image_token_id": value}) for value in (-1, math.nan, "5", None, True)),
     ("video_token_id", {"video_token_id": -1}),
     ("video_token_id", {"image_token_id": 5, "video_token_id": 5}),

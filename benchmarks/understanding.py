@@ -1,0 +1,258 @@
+"""Encode, prefill, decode, memory, load and preprocessing beside transformers: `python benchmarks/understanding.py`.
+
+The peer is transformers' `llava_onevision` with the same tower, projector, language model and number of tokens, both
+with random weights in bfloat16. Times are interleaved in one process, memory and loading are those of a process each.
+Every time is also given as a multiple of the limit that is measured in the same run: matrix products for encoding and
+prefill, reading the weights for decoding.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from vila.configuration_vila import VilaConfig
+from vila.geometry_vila import TileGrid, tile_boxes
+from vila.image_processing_vila import VilaImageProcessor
+from vila.modeling_vila import VilaForConditionalGeneration
+from vila.vision_vila import VilaMultiModalProjector
+
+MIB = 2**20
+SIDE, PATCHES, WIDTH, FEED_FORWARD = 448, 1024, 576, 2304  # of the tower: pixels, patches and channels of a tile
+TILES, PROMPT_TOKENS, NEW_TOKENS = 10, 1282, 32
+PHOTO_SIZE = (1450, 1468)
+IMAGE_TOKEN, VIDEO_TOKEN = 31998, 31999
+TEXT = {
+    "model_type": "qwen2", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+ROWS = {"encode": 0.95, "prefill": 1.02, "decode": 0.85, "generate memory": 0.9, "load": 1.0, "load memory": 1.0}
+
+
+def tower(layers: int) -> dict[str, Any]:
+    return {
+        "model_type": "siglip_vision_model", "hidden_size": WIDTH, "intermediate_size": FEED_FORWARD,
+        "num_hidden_layers": layers, "num_attention_heads": 8, "image_size": SIDE, "patch_size": 14,
+        "vision_use_head": False,
+    }  # fmt: skip
+
+
+def our_config(layers: int) -> VilaConfig:
+    return VilaConfig(
+        vision_config=tower(layers), text_config=TEXT, projector_type="mlp_downsample_3x3_fix",
+        vision_feature_layer=-2, image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN,
+    )  # fmt: skip
+
+
+class Peer(LlavaOnevisionForConditionalGeneration):
+    """`llava_onevision` with the projector that merges 3 x 3 patches, for equal numbers of tokens."""
+
+    def __init__(self, config: LlavaOnevisionConfig):
+        super().__init__(config)
+        self.model.multi_modal_projector = VilaMultiModalProjector(our_config(config.vision_config.num_hidden_layers))
+
+
+def peer_config(layers: int) -> LlavaOnevisionConfig:
+    return LlavaOnevisionConfig(
+        vision_config=tower(layers), text_config=TEXT, vision_feature_layer=-2, vision_feature_select_strategy="full",
+        image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, image_grid_pinpoints=[[SIDE, SIDE]],
+    )  # fmt: skip
+
+
+def save_models(folder: Path, layers: int) -> None:
+    torch.manual_seed(0)
+    VilaForConditionalGeneration(our_config(layers)).to(torch.bfloat16).save_pretrained(folder / "ours")
+    Peer(peer_config(layers)).to(torch.bfloat16).save_pretrained(folder / "peer")
+
+
+def load(name: str, folder: Path) -> Any:
+    model_class: Any = VilaForConditionalGeneration if name == "ours" else Peer
+    return model_class.from_pretrained(folder / name, dtype="bfloat16").eval()
+
+
+def media(name: str) -> dict[str, torch.Tensor]:
+    """Ten tiles: of one photo for us, as ten pictures (which it does not tile again) for the peer."""
+    pixels = torch.randn(TILES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    if name == "ours":
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 3, 3]])}
+    sizes = torch.tensor([[SIDE, SIDE]] * TILES)
+    return {"pixel_values": pixels[:, None], "image_sizes": sizes, "batch_num_images": torch.tensor([TILES])}
+
+
+def prompt(name: str, has_media: bool) -> torch.Tensor:
+    """`(1, PROMPT_TOKENS)` ids; the peer spends one more on every picture, a line break."""
+    ids = torch.arange(PROMPT_TOKENS)[None] % 30000
+    if has_media:
+        ids[:, : TILES * (121 if name == "ours" else 122)] = IMAGE_TOKEN
+    return ids
+
+
+class Clock:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: Any, new_tokens: int, **inputs: Any) -> list[float]:
+    """Seconds from token to token."""
+    clock = Clock()
+    model.generate(
+        **inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, streamer=clock, pad_token_id=0
+    )
+    return list(np.diff(clock.times[1:]))
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def limits() -> tuple[float, float]:
+    """bfloat16 FLOP/s of a large matrix product and bytes/s of reading a large array; the best of several."""
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    data = torch.ones(2**28)
+    flops = max(2 * 2048**3 / seconds_of(lambda: a @ a) for _ in range(8))
+    return flops, max(data.nbytes / seconds_of(data.sum) for _ in range(8))
+
+
+def encode_flops(layers: int) -> float:
+    """Of the tower layers that the features need, and of the projector."""
+    layer = 2 * PATCHES * (4 * WIDTH**2 + 2 * WIDTH * FEED_FORWARD) + 4 * PATCHES**2 * WIDTH
+    projector = 2 * 121 * (9 * WIDTH * 3 * WIDTH + 3 * WIDTH * 1024 + 1024**2)
+    return TILES * ((layers - 1) * layer + 2 * PATCHES * WIDTH * 3 * 14**2 + projector)
+
+
+def prefill_flops() -> float:
+    hidden, layers = TEXT["hidden_size"], TEXT["num_hidden_layers"]
+    return 2 * layer_weights() * PROMPT_TOKENS + 2 * PROMPT_TOKENS**2 * hidden * layers
+
+
+def layer_weights() -> int:
+    hidden, ffn = TEXT["hidden_size"], TEXT["intermediate_size"]
+    kv = hidden * TEXT["num_key_value_heads"] // TEXT["num_attention_heads"]
+    return TEXT["num_hidden_layers"] * (2 * hidden**2 + 2 * hidden * kv + 3 * hidden * ffn)
+
+
+def decode_bytes() -> float:
+    head, kv = TEXT["hidden_size"] * TEXT["vocab_size"], 2 * 4 * 64 * TEXT["num_hidden_layers"] * PROMPT_TOKENS
+    return 2 * (layer_weights() + head + kv)
+
+
+def interleaved(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, one after the other, over and over; every other round backwards."""
+    for work in works.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(repeats):
+        for name in list(works)[:: 1 if number % 2 == 0 else -1]:
+            seconds[name].append(works[name]())
+    return seconds
+
+
+def show_times(row: str, seconds: dict[str, list[float]], limit: float, peer: str = "peer") -> None:
+    ours, other = seconds["ours"], seconds[peer]
+    ratio = statistics.median(a / b for a, b in zip(ours, other))
+    mine, theirs = statistics.median(ours), statistics.median(other)
+    show(row, mine * 1e3, theirs * 1e3, "ms", ratio, f"{mine / limit:9.2f} {theirs / limit:9.2f}" if limit else "")
+
+
+def show(row: str, ours: float, peer: float, unit: str, ratio: float, note: str = "") -> None:
+    goal = f"<= {ROWS[row]:.2f}" if row in ROWS else ""
+    sys.stdout.write(f"{row:16s} {ours:10.1f} {peer:10.1f} {unit:4s} {ratio:7.2f} {goal:8s} {note}\n")
+    sys.stdout.flush()
+
+
+@torch.inference_mode()
+def measure_times(repeats: int, tower_layers: int) -> None:
+    flops, bandwidth = limits()
+    sys.stdout.write(f"limits: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
+    sys.stdout.write(f"{'':16s} {'ours':>10s} {'peer':>10s} {'':4s} {'ratio':>7s} {'goal':8s} {'x limit: ours, peer'}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        save_models(Path(folder), tower_layers)
+        models = {name: load(name, Path(folder)) for name in ("ours", "peer")}
+        inputs = {name: media(name) for name in models}
+        encode = {name: lambda n=name: seconds_of(lambda: models[n].get_image_features(**inputs[n])) for name in models}
+        show_times("encode", interleaved(encode, repeats), encode_flops(tower_layers) / flops)
+        ids = prompt("ours", False)
+        prefill = {name: lambda n=name: seconds_of(lambda: models[n](ids, logits_to_keep=1)) for name in models}
+        show_times("prefill", interleaved(prefill, repeats), prefill_flops() / flops)
+        decode = {
+            name: lambda n=name: statistics.median(generate(models[n], NEW_TOKENS, input_ids=ids)) for name in models
+        }
+        show_times("decode", interleaved(decode, repeats), decode_bytes() / bandwidth)
+
+
+def resident(name: str) -> float:
+    """`VmRSS` or `VmHWM` of this process in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def measure_memory(name: str, folder: Path) -> dict[str, float]:
+    """Loading, then one `generate()` with pictures; MiB above what the imports take."""
+    # what the first load imports
+    AutoModel.from_config(our_config(1).vision_config), AutoModel.from_config(AutoConfig.for_model(**TEXT | TINY))
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    seconds = seconds_of(lambda: globals().update(loaded=load(name, folder)))
+    load_memory = resident("VmHWM") - before
+    model, weights = globals()["loaded"], (folder / name / "model.safetensors").stat().st_size / MIB
+    for _ in range(2):  # the second finds all weights in memory
+        generate(model, 4, input_ids=prompt(name, True), **media(name))
+    return {"load": seconds, "load memory": load_memory, "generate memory": resident("VmHWM") - before, "w": weights}
+
+
+def measure_children(repeats: int, tower_layers: int) -> None:
+    runs: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory() as folder:
+        save_models(Path(folder), tower_layers)
+        for _ in range(repeats):
+            for name, results in runs.items():
+                command = [sys.executable, __file__, "--child", name, folder]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                results.append(json.loads(output.splitlines()[-1]))
+    for row in ("load", "load memory", "generate memory"):
+        ours, peer = ([result[row] for result in runs[name]] for name in ("ours", "peer"))
+        scale, unit = (1e3, "ms") if row == "load" else (1, "MiB")
+        ratio = statistics.median(a / b for a, b in zip(ours, peer))
+        weights = "" if row == "load" else "x weights: " + ", ".join(
+            f"{statistics.median(result[row] / result['w'] for result in runs[name]):.2f}" for name in runs
+        )
+        show(row, statistics.median(ours) * scale, statistics.median(peer) * scale, unit, ratio, weights)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tower-layers", type=int, default=27)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        name, folder = arguments.child
+        sys.stdout.write("\n" + json.dumps(measure_memory(name, Path(folder))) + "\n")
+        return
+    measure_times(arguments.repeats, arguments.tower_layers)
+    measure_children(arguments.repeats, 12)
+
+
+if __name__ == "__main__":
+    main()
