@@ -248,7 +248,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--json-schema", metavar="FILE", help=".json schema, or .py with a pydantic class Main, that the answer obeys")
     add("--max-new-tokens", type=number(int, 1), metavar="N", help="tokens of the answer at most")
     add("--temperature", metavar="T", type=number(float, 0), help="sample with it; 0 takes the likeliest token")
-    add("--top-p", metavar="P", type=number(float, 1e-6, 1), help="sample from the likeliest tokens of that total probability")
+    add("--top-p", metavar="P", type=number(float, 1e-6, 1), help="sample from the likeliest tokens, of that sum")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="makes sampling repeatable")
     add("--device", help="cuda, cuda:1, mps, cpu ... (default: the best that is there)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")

@@ -40,6 +40,9 @@ def merge_lora(model: Model, folder: str | Path) -> Model:
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: adapter_config.json is missing")
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if config.peft_type != "LORA":
+        raise ValueError(f"{folder} holds an adapter of the type {config.peft_type}, not LORA")
     weights = read_weights(folder)
     adapters = {name: weights.pop(name) for name in [*weights] if ".lora_" in name}
     modules = {name: re.split(r"\.lora_", name)[0] for name in adapters}
@@ -50,11 +53,9 @@ def merge_lora(model: Model, folder: str | Path) -> Model:
     load_tensors(model, weights)
     if not adapters:
         return model
-    config: Any = PeftConfig.from_pretrained(str(folder))
-    if config.peft_type != "LORA":
-        raise ValueError(f"{folder} holds an adapter of the type {config.peft_type}, not LORA")
     # exactly the modules that have tensors: a short name like "q_proj" would also match the tower's
     config.target_modules, config.exclude_modules = sorted(set(modules.values())), None
+    config.rank_pattern, config.alpha_pattern = map(with_module_names, (config.rank_pattern, config.alpha_pattern))
     config.layers_to_transform, config.layers_pattern = None, None
     config.modules_to_save, config.bias, config.inference_mode = None, "none", True
     adapted: Any = PeftModel(model, config)
