@@ -142,7 +142,7 @@ def test_any_json_is_an_object_or_an_array(text, legal, load):
 
 
 def test_control_tokens_cannot_be_written_inside_strings(load):
-    model, processor = load(LITE)
+    _, processor = load(LITE)
     tokenizer = processor.tokenizer
     allowed = walk(JsonLogitsProcessor(tokenizer, [tokenizer.eos_token_id]), tokenizer, '{"a": "b', len(tokenizer))
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -184,5 +184,6 @@ def test_missing_library_is_named(load, monkeypatch):
 def test_a_json_schema_of_a_pydantic_class_equals_the_class(load):
     model, processor = load(LITE)
     schema = json.loads(json.dumps(Animal.model_json_schema()))
-    texts = [answers(model, processor, logits_processor=json_processors(model, processor, s))[1] for s in (Animal, schema)]
-    assert texts[0] == texts[1]
+    first, second = (json_processors(model, processor, given) for given in (Animal, schema))
+    texts = answers(model, processor, logits_processor=first)[1]
+    assert texts == answers(model, processor, logits_processor=second)[1]
