@@ -24,7 +24,7 @@ from .chat_templates_vila import CONV_MODES
 from .image_loading_vila import fetch_url
 from .loading_vila import DTYPES, Checkpoint
 from .processing_vila import VilaProcessor
-from .structured_output_vila import json_processors
+from .structured_output_vila import json_grammar, json_processors
 from .video_processing_vila import video_duration
 
 logger = logging.get_logger(__name__)
@@ -86,6 +86,9 @@ def answer(options: argparse.Namespace) -> None:
     """
     media = [media_block(source) for source in options.media]
     schema = read_schema(options.json_schema) if options.json_schema else None
+    wants_json = options.json_mode or schema is not None
+    if wants_json:
+        json_grammar(schema)  # what is wrong with it is told now, not when the model is there
     checkpoint = Checkpoint(options.model_path, options.conv_mode)
     processor = checkpoint.load_processor()
     if options.num_video_frames > 0:
@@ -103,13 +106,13 @@ def answer(options: argparse.Namespace) -> None:
     )
     model = checkpoint.load_model(processor, options.device, options.dtype, options.lora_path)
     generation = generation_options(options)
-    if options.json_mode or schema is not None:
+    if wants_json:
         generation["logits_processor"] = json_processors(model, processor, schema)
     if options.seed is not None:
         torch.manual_seed(options.seed)
     streamer = AnswerStreamer(processor, duration)
     model.generate(**inputs.to(model.device), **generation, streamer=streamer)
-    if "logits_processor" in generation and not is_json(streamer.text):
+    if wants_json and not is_json(streamer.text):
         raise ValueError("the answer ended before its JSON was complete: raise --max-new-tokens")
 
 
@@ -121,7 +124,7 @@ def media_block(source: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: if it does not exist, cannot be fetched, or is neither picture nor video.
     """
-    is_url = source.lower().startswith(("http://", "https://"))
+    is_url = source.startswith(("http://", "https://"))
     suffix = Path(urlsplit(source).path if is_url else source).suffix.lower()
     if not is_url and not os.path.exists(source):
         raise FileNotFoundError(f"{source} does not exist")

@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HOME
 
 from .chat_templates_vila import CONV_MODES, named_template, stop_token_ids
 from .conversion_vila import convert, read_json, resolve_source
-from .lora_vila import merge_lora
+from .lora_vila import merge_lora, read_lora_config
 from .modeling_vila import VilaForConditionalGeneration
 from .processing_vila import VilaProcessor
 from .weight_names_vila import PART_PREFIXES
@@ -71,6 +71,8 @@ class Checkpoint:
             ValueError: if the device is not there, or the adapter does not fit.
         """
         device = check_device(device or default_device())
+        if lora is not None:
+            read_lora_config(lora)  # what is wrong with it is told before the weights are read
         model: Any = VilaForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
         if lora is not None:
             model = merge_lora(model, lora)

@@ -33,17 +33,10 @@ def merge_lora(model: Model, folder: str | Path) -> Model:
         FileNotFoundError: if the folder holds no adapter.
         ValueError: if peft is missing, it is no LoRA, or a tensor fits no module; the message names the tensor.
     """
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise ValueError("an adapter needs peft: pip install 'vila-hf[train]'") from error
-    folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter: adapter_config.json is missing")
-    config: Any = PeftConfig.from_pretrained(str(folder))
-    if config.peft_type != "LORA":
-        raise ValueError(f"{folder} holds an adapter of the type {config.peft_type}, not LORA")
-    weights = read_weights(folder)
+    config = read_lora_config(folder)
+    from peft import PeftModel
+
+    weights = read_weights(Path(folder))
     adapters = {name: weights.pop(name) for name in [*weights] if ".lora_" in name}
     modules = {name: re.split(r"\.lora_", name)[0] for name in adapters}
     known = dict(model.named_modules())
@@ -62,6 +55,24 @@ def merge_lora(model: Model, folder: str | Path) -> Model:
     named = {re.sub(r"(\.lora_[^.]+)", r"\1.default", PEFT_PREFIX + name): adapters[name] for name in adapters}
     load_tensors(adapted, named, complete=lambda name: ".lora_" in name)
     return adapted.merge_and_unload()
+
+
+def read_lora_config(folder: str | Path) -> Any:
+    """An adapter's `peft.LoraConfig`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `merge_lora`.
+    """
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ValueError("an adapter needs peft: pip install 'vila-hf[train]'") from error
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: adapter_config.json is missing")
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.peft_type != "LORA":
+        raise ValueError(f"{folder} holds an adapter of the type {config.peft_type}, not LORA")
+    return config
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -116,4 +127,4 @@ def load_tensors(
     model.load_state_dict(tensors, strict=False)
 
 
-__all__ = ["merge_lora"]
+__all__ = ["merge_lora", "read_lora_config"]

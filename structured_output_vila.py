@@ -54,14 +54,10 @@ class JsonLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], schema: Any = None):
-        try:
-            from llguidance import LLMatcher
-            from llguidance.hf import from_tokenizer
-        except ImportError as error:
-            raise ValueError("JSON output needs llguidance: pip install 'vila-hf[json]'") from error
-        grammar = LLMatcher.grammar_from_json_schema(schema_text(schema), overrides={"whitespace_pattern": WHITESPACE})
-        if problem := LLMatcher.validate_grammar(grammar):
-            raise ValueError(f"the JSON schema cannot be followed: {problem}")
+        grammar = json_grammar(schema)
+        from llguidance import LLMatcher
+        from llguidance.hf import from_tokenizer
+
         self.stop_ids = list(stop_ids)
         self.start = LLMatcher(from_tokenizer(tokenizer, eos_token=self.stop_ids), grammar, log_level=0)  # type: ignore[arg-type]
         self.prompt: torch.Tensor | None = None
@@ -122,12 +118,16 @@ class JsonLogitsProcessor(LogitsProcessor):
         return torch.from_numpy(allowed)
 
 
-def schema_text(schema: Any) -> str:
-    """A schema in any form that is taken, as JSON.
+def json_grammar(schema: Any = None) -> str:
+    """llguidance's grammar of a schema; any object or array if that is None.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: as `json_processors`.
     """
+    try:
+        from llguidance import LLMatcher
+    except ImportError as error:
+        raise ValueError("JSON output needs llguidance: pip install 'vila-hf[json]'") from error
     if schema is None:
         schema = ANY_JSON
     if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
@@ -135,9 +135,13 @@ def schema_text(schema: Any) -> str:
     if not isinstance(schema, dict):
         raise ValueError(f"a JSON schema must be a dictionary or a pydantic class, got {type(schema).__name__}")
     try:
-        return json.dumps(schema)
+        text = json.dumps(schema)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the JSON schema is no JSON: {error}") from error
+    grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+    if problem := LLMatcher.validate_grammar(grammar):
+        raise ValueError(f"the JSON schema cannot be followed: {problem}")
+    return grammar
 
 
-__all__ = ["JsonLogitsProcessor", "json_processors"]
+__all__ = ["JsonLogitsProcessor", "json_grammar", "json_processors"]
