@@ -186,6 +186,23 @@ def decode_frames(file: str | BytesIO, num_frames: int | None, fps: float | None
         logger.warning(f"{missing} of {len(indices)} frames of {name} cannot be decoded and are left out")
 
 
+def video_duration(source: str | bytes | os.PathLike) -> float | None:
+    """Seconds of a video that `load_frames` opens; None if it has no frame rate, as a folder of pictures.
+
+    Raises:
+        ValueError: if it is broken or no video.
+    """
+    if not isinstance(source, bytes) and os.path.isdir(source):
+        return None
+    file = open_video(source)
+    name = f"the video {os.path.basename(file)!r}" if isinstance(file, str) else "the given video"
+    try:
+        packets = scan_packets(file, name)
+    except av.FFmpegError as error:
+        raise ValueError(f"{name} is broken or no video") from error
+    return len(packets.times) / packets.fps if packets.fps else None
+
+
 def open_container(file: str | BytesIO) -> Any:
     if isinstance(file, BytesIO):
         file.seek(0)
