@@ -81,6 +81,10 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         video_start_tokens, video_end_tokens: text around every frame that is left after pooling.
         video_sep_tokens: text behind every pooling.
         num_time_tokens, time_token_format: the time tokens of models that answer with times, see `decode_times`.
+        media_policy: which sources of media are read and how large they may be: a `MediaPolicy`, `"notebook"`,
+            `"server"` or a dictionary of its fields to change. It is the image processor's, is never saved, and no
+            file of a checkpoint sets it. A pipeline fetches the strings in its argument `images=` by itself, before
+            this processor sees them: only media in chats go through the policy.
     """
 
     valid_processor_kwargs = VilaProcessorKwargs  # type: ignore[assignment]
@@ -107,6 +111,8 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         video_sep_tokens: str | None = None,
         num_time_tokens: int = 0,
         time_token_format: str = "<t{t}>",
+        *,
+        media_policy: Any = None,
     ):
         if isinstance(num_tile_tokens, bool) or not isinstance(num_tile_tokens, int) or num_tile_tokens < 1:
             raise ValueError("num_tile_tokens must be a positive whole number")
@@ -125,11 +131,27 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         self.num_time_tokens = num_time_tokens
         self.time_token_format = time_token_format
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.media_policy = media_policy
         for token in (self.image_token, self.video_token):
             if token not in tokenizer.get_added_vocab():
                 raise ValueError(f"the tokenizer lacks the media token {token!r}: convert the checkpoint first")
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, media_policy: Any = None, **kwargs: Any) -> Any:
+        """`ProcessorMixin.from_pretrained`; the policy is kept from the tokenizer, which would save it."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).media_policy = media_policy
+        return loaded
+
+    @property
+    def media_policy(self) -> Any:
+        return self.image_processor.media_policy
+
+    @media_policy.setter
+    def media_policy(self, change: Any) -> None:
+        self.image_processor.media_policy = change
 
     def __call__(
         self,
@@ -139,6 +161,7 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         *,
         rendered_special_tokens: bool | None = None,
         rendered_by: str | None = None,
+        media_policy: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokenizes prompts, cuts their pictures and samples their videos.
@@ -150,6 +173,7 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
                 list per prompt.
             rendered_special_tokens: overrides `add_special_tokens`; set by `apply_chat_template`.
             rendered_by: the chat template that wrote the text, by default the processor's; set likewise.
+            media_policy: changes the processor's policy for this call.
             kwargs: options of the tokenizer, of `VilaImageProcessor` and of `VilaVideosKwargs`.
 
         Returns:
@@ -159,15 +183,19 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
 
         Raises:
             ValueError: if media and media tokens differ in number, a prompt is no text or has no tokens, an
-                option has the wrong type, or a prompt is truncated inside a picture.
+                option has the wrong type, a medium cannot be read or the policy refuses it, or a prompt is truncated
+                inside a picture.
         """
         if kwargs.pop("audio", None) is not None:
             raise ValueError("this processor takes pictures, videos and text, no audio")
+        if any("media_policy" in (kwargs.get(name) or {}) for name in ("images_kwargs", "videos_kwargs")):
+            raise ValueError("media_policy is one for pictures and videos: pass it directly")
         prompts = check_prompts(text)
         if rendered_special_tokens is None:
             # only `apply_chat_template` puts breaks into a text: here they are characters like others
             prompts = [escape_breaks(prompt) for prompt in prompts]
         merged = self._merge_kwargs(VilaProcessorKwargs, self.tokenizer.init_kwargs, **kwargs)
+        merged["images_kwargs"]["media_policy"] = self.media_policy.changed(media_policy)
         text_kwargs = merged["text_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             text_kwargs.setdefault(name, merged[name])
@@ -306,6 +334,9 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         Raises:
             ValueError: for an empty chat, an unknown role or content type, or a block with two sources.
         """
+        if kwargs.get("load_audio_from_video"):
+            # it would be fetched outside of the media policy
+            raise ValueError("this processor takes pictures, videos and text, no audio")
         conversation = map_chats(conversation, check_message)
         if kwargs.get("tokenize"):
             processor_kwargs = dict(kwargs.get("processor_kwargs") or {})

@@ -640,9 +640,10 @@ def test_decompression_bomb_is_refused_before_it_is_decoded(source, height, monk
 
 
 def test_picture_at_the_pixel_limit_is_read():
-    assert np.array_equal(seen(file_bytes(picture()), max_pixels=45 * 31), noise())
+    policy = {"max_pixels": 45 * 31}
+    assert np.array_equal(seen(file_bytes(picture()), media_policy=policy), noise())
     with pytest.raises(ValueError, match="max_pixels=1395"):
-        seen(file_bytes(picture(46, 31)), max_pixels=45 * 31)
+        seen(file_bytes(picture(46, 31)), media_policy=policy)
 
 
 def test_the_picture_that_engines_plan_with_is_read():
@@ -676,7 +677,7 @@ OWN_OPTIONS = {
     "s2_scales": ([SIDE, 2 * SIDE], {"image_mode": "dynamic_s2"}),
     "tile_multiple_images": (True, {"image_mode": "dynamic"}),
     "background_color": ([10, 20, 30], {}),
-    "max_pixels": (1, {}),
+    "media_policy": ({"max_pixels": 1}, {}),
 }
 INHERITED_OPTIONS = {
     "size": ({"height": 8, "width": 8}, {}),
@@ -700,7 +701,7 @@ def test_every_option_of_our_own_is_tried():
     assert set(OWN_OPTIONS) == set(VilaImagesKwargs.__annotations__) - set(ImagesKwargs.__annotations__)
 
 
-@pytest.mark.parametrize("name", sorted((OWN_OPTIONS | INHERITED_OPTIONS).keys() - {"max_pixels"}))
+@pytest.mark.parametrize("name", sorted((OWN_OPTIONS | INHERITED_OPTIONS).keys() - {"media_policy"}))
 def test_option_has_the_same_effect_at_call_time_as_in_the_constructor(name):
     value, others = (OWN_OPTIONS | INHERITED_OPTIONS)[name]
     images = transparent_pair() if name == "tile_multiple_images" else transparent_pair()[0]
@@ -783,10 +784,10 @@ def test_a_url_is_fetched_and_its_failure_is_a_value_error(tmp_path):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_address[1]}"
-        assert np.array_equal(seen(f"{address}/picture.png"), seen(tmp_path / "picture.png"))
+        address, policy = f"http://127.0.0.1:{server.server_address[1]}", {"private_addresses": True}
+        assert np.array_equal(seen(f"{address}/picture.png", media_policy=policy), seen(tmp_path / "picture.png"))
         with pytest.raises(ValueError, match="could not be fetched"):
-            seen(f"{address}/missing.png")
+            seen(f"{address}/missing.png", media_policy=policy)
         server.shutdown()
     with pytest.raises(ValueError, match="could not be fetched"):
-        seen(f"{address}/picture.png")
+        seen(f"{address}/picture.png", media_policy=policy)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from vila import video_processing_vila
 from vila.geometry_vila import sample_frames
-from vila.video_processing_vila import MAX_FRAMES, load_frames
+from vila.media_policy_vila import MediaPolicy
+from vila.video_processing_vila import load_frames
 
 FRAMES, WIDTH, HEIGHT = 25, 64, 48
 
@@ -221,7 +222,8 @@ def server():
 def test_a_url_is_read(video, server, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     server.content = video.read_bytes()
-    assert same(load_frames(f"{server.url}/video.mp4", 3), load_frames(video, 3))
+    policy = MediaPolicy(private_addresses=True)
+    assert same(load_frames(f"{server.url}/video.mp4", 3, policy=policy), load_frames(video, 3))
 
 
 @pytest.mark.parametrize("kind", ["file", "bytes"])
@@ -352,7 +354,7 @@ def test_errors_show_no_data():
     [
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
         ({"num_frames": -3}, "num_frames must be at least 1, got -3"),
-        ({"num_frames": 10**9}, f"MAX_FRAMES={MAX_FRAMES}"),
+        ({"num_frames": 10**9}, f"max_frames={MediaPolicy.max_frames}"),
         ({"fps": -1.0}, "fps must be"),
         ({"fps": float("nan")}, "fps must be"),
         ({"fps": float("inf")}, "fps must be"),
@@ -369,20 +371,16 @@ def test_options_without_sense_are_refused(video, options, message, source):
 
 @pytest.mark.parametrize("options", [{}, {"fps": 10}], ids=str)
 def test_more_frames_than_the_limit_are_refused_before_decoding(video, options, monkeypatch):
-    monkeypatch.setattr(video_processing_vila, "MAX_FRAMES", FRAMES - 1)
     monkeypatch.setattr(video_processing_vila, "frames_at", None)
-    with pytest.raises(ValueError, match="limit MAX_FRAMES=24"):
-        list(load_frames(video, **options))
+    with pytest.raises(ValueError, match="limit max_frames=24"):
+        load_frames(video, **options, policy=MediaPolicy(max_frames=FRAMES - 1))
 
 
 def test_frames_larger_than_the_limit_are_refused_before_decoding(video, monkeypatch):
-    def refuse(width, height, purpose, *limit):
-        raise ValueError(f"{purpose} takes {width}x{height} pixels")
-
-    monkeypatch.setattr(video_processing_vila, "check_pixels", refuse)
     monkeypatch.setattr(video_processing_vila, "frames_at", None)
-    with pytest.raises(ValueError, match="takes 64x48 pixels"):
-        list(load_frames(video, 1))
+    policy = MediaPolicy(max_pixels=WIDTH * HEIGHT - 1)
+    with pytest.raises(ValueError, match=r"takes 64x48 pixels, more than the limit max_pixels=3071"):
+        load_frames(video, 1, policy=policy)
 
 
 @pytest.mark.parametrize("source", [ARRAY, list(ARRAY)], ids=["array", "list"])
