@@ -3,9 +3,7 @@
 import base64
 import subprocess
 import sys
-import threading
 from fractions import Fraction
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import islice
 from pathlib import Path
 
@@ -195,46 +193,22 @@ def test_sources_of_one_video_give_the_same_frames(video, monkeypatch):
     assert same(load_frames(video.name, 4), expected)
 
 
-@pytest.fixture
-def server():
-    """A loopback server of `server.content`, which notes the paths it was asked for."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(self.server.content)
-
-        def log_message(self, *arguments):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_a_url_is_read(video, server, monkeypatch):
+def test_a_url_is_read(video, loopback, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    server.content = video.read_bytes()
+    loopback.content = video.read_bytes()
     policy = MediaPolicy(private_addresses=True)
-    assert same(load_frames(f"{server.url}/video.mp4", 3, policy=policy), load_frames(video, 3))
+    assert same(load_frames(f"{loopback.url}/video.mp4", 3, policy=policy), load_frames(video, 3))
 
 
 @pytest.mark.parametrize("kind", ["file", "bytes"])
-def test_a_playlist_leads_nowhere(server, tmp_path, kind):
-    server.content = b""
-    text = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{server.url}/part.ts\n#EXT-X-ENDLIST\n"
+def test_a_playlist_leads_nowhere(loopback, tmp_path, kind):
+    loopback.content = b""
+    text = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{loopback.url}/part.ts\n#EXT-X-ENDLIST\n"
     path = tmp_path / "list.m3u8"
     path.write_text(text)
     with pytest.raises(ValueError, match="broken or no video"):
         list(load_frames(path if kind == "file" else text.encode(), 2))
-    assert server.asked == []
+    assert loopback.asked == []
 
 
 def test_a_list_of_files_is_no_video(video):
