@@ -7,11 +7,14 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -98,6 +101,10 @@ class VilaImageProcessor(PilBackend):
 
     def __init__(self, media_policy: Any = None, **kwargs: Any):
         super().__init__(**kwargs)
+        own = VilaImagesKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+        with errors_name_options():
+            given = {name: value for name in own if (value := getattr(self, name)) is not None}
+            validate_typed_dict(VilaImagesKwargs, given)  # type: ignore[type-var]
         # last: whatever a file of a checkpoint says, this is the caller's
         self._media_policy = MediaPolicy().changed(media_policy)
 
@@ -230,6 +237,10 @@ class VilaImageProcessor(PilBackend):
             raise ValueError("no picture was given")
         return self._preprocess(tiles, grids, **kwargs)
 
+    def preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        with errors_name_options():
+            return super().preprocess(*args, **kwargs)
+
     def _standardize_kwargs(self, media_policy: Any = None, **kwargs: Any) -> dict:
         return {**super()._standardize_kwargs(**kwargs), "media_policy": self.media_policy.changed(media_policy)}
 
@@ -340,6 +351,16 @@ def errors_name(item: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{item}: {error}") from error
+
+
+@contextmanager
+def errors_name_options() -> Iterator[None]:
+    """Turns transformers' errors about the type of an option, which show its value, into a `ValueError`."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        # up to where the value is shown
+        raise ValueError(re.split(r", got | \(value", str(error))[0]) from None
 
 
 def check_size(name: str, size: SizeDict, *allowed: set[str]) -> None:

@@ -6,12 +6,12 @@
 - Inserted ids have the character offset (0, 0), so that assistant masks cover what the assistant wrote and no picture.
 """
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import logging
@@ -20,6 +20,7 @@ from .chat_vila import (
     Offset,
     break_offsets,
     check_message,
+    check_prompts,
     control_token_pattern,
     escape_breaks,
     map_chats,
@@ -29,7 +30,7 @@ from .chat_vila import (
     without_breaks,
 )
 from .geometry_vila import num_tiles
-from .image_processing_vila import VilaImagesKwargs
+from .image_processing_vila import VilaImagesKwargs, errors_name_options
 from .media_vila import Medium, VilaMediaBlocks
 from .video_processing_vila import VilaVideosKwargs
 
@@ -46,6 +47,18 @@ UNSUPPORTED_TEXT_OPTIONS = (
     "return_token_type_ids",
     "return_length",
 )
+
+
+# of the constructor: type and least value
+NUMBERS: dict[str, tuple[Any, float]] = {
+    "num_tile_tokens": (int, 1),
+    "s2_output_scale": (int, -math.inf),
+    "num_video_frames": (int, 1),
+    "video_fps": ((int, float), 0),
+    "video_max_tiles": (int, 1),
+    "num_time_tokens": (int, 0),
+}
+TEXTS = ("image_start_tokens", "image_end_tokens", "video_start_tokens", "video_end_tokens", "video_sep_tokens")
 
 
 class VilaProcessorKwargs(ProcessingKwargs, total=False):
@@ -114,8 +127,6 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         *,
         media_policy: Any = None,
     ):
-        if isinstance(num_tile_tokens, bool) or not isinstance(num_tile_tokens, int) or num_tile_tokens < 1:
-            raise ValueError("num_tile_tokens must be a positive whole number")
         self.num_tile_tokens = num_tile_tokens
         self.s2_output_scale = s2_output_scale
         self.image_start_tokens = image_start_tokens
@@ -130,6 +141,7 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         self.video_sep_tokens = video_sep_tokens
         self.num_time_tokens = num_time_tokens
         self.time_token_format = time_token_format
+        check_options(self)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.media_policy = media_policy
         for token in (self.image_token, self.video_token):
@@ -221,10 +233,8 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         )
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
-        try:
+        with errors_name_options():
             return super()._merge_kwargs(*args, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(str(error)) from error
 
     def _encode(self, prompt: str, media: list[Medium], add_special_tokens: bool, template: Any) -> EncodedPrompt:
         """One prompt -> its ids, offsets in the prompt as it was typed, and token types."""
@@ -383,22 +393,27 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names, *videos]
 
 
-def check_prompts(text: Any) -> list[str]:
-    """One or several prompts as a list.
+def check_options(processor: VilaProcessor) -> None:
+    """Refuses what a damaged file of a checkpoint may say, before it is computed with.
 
     Raises:
-        ValueError: if they are no strings, there is none, or one is no valid Unicode.
+        ValueError: naming the option.
     """
-    prompts = [text] if isinstance(text, str) else text
-    is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0
-    if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("text must be a string or a non-empty list of strings")
-    for row, prompt in enumerate(prompts):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompt {row} holds half of a surrogate pair, which is no character") from error
-    return list(prompts)
+    for name, (kind, least) in NUMBERS.items():
+        value = getattr(processor, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
+            raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number of at least {least}")
+    for name in TEXTS:
+        if not isinstance(getattr(processor, name), (str, type(None))):
+            raise ValueError(f"{name} must be a text or None")
+    if not isinstance(processor.video_as_images, bool):
+        raise ValueError("video_as_images must be True or False")
+    if not isinstance(processor.time_token_format, str) or processor.time_token_format.count("{t}") != 1:
+        raise ValueError("time_token_format must be a text with one {t}")
+    pools = processor.video_pool_sizes
+    sizes = [size for pool in pools or [] for size in pool] if isinstance(pools, (list, type(None))) else [0]
+    if any(len(pool) != 3 for pool in pools or []) or not all(isinstance(n, int) and n >= 1 for n in sizes):
+        raise ValueError("video_pool_sizes must be None or a list of triples of whole numbers of at least 1")
 
 
 __all__ = ["VilaProcessor"]

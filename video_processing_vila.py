@@ -172,6 +172,9 @@ def plan_file(file: str | BytesIO, name: str, num_frames: int | None, fps: float
     most = num_frames or (policy.max_frames + 1 if fps else total)
     indices = sample_frames(total, most, fps or 0.0, packets.fps)
     policy.check_frames(len(indices), name)
+    if fps and len(sample_frames(total, len(indices) + 1, fps, packets.fps)) > len(indices):
+        seconds = len(indices) / fps
+        logger.warning(f"{name} is seen up to second {seconds:g} only: at fps={fps:g}, num_frames={most} end there")
     return FramePlan(len(indices), decode_frames(file, name, packets, indices, policy))
 
 
