@@ -125,6 +125,11 @@ class VilaConfig(PreTrainedConfig):
                 f"this is the config of an original VILA checkpoint (it has {original[0]!r}): "
                 "run `vila-convert SRC DST` on the folder first"
             )
+        for part in ("vision_config", "text_config"):
+            given = getattr(self, part)
+            if isinstance(given, dict) and isinstance(layers := given.get("num_hidden_layers"), int):
+                # before a sub-config makes a list of them
+                require_positive(layers, f"{part}.num_hidden_layers", MAX_LAYERS)
         if self.s2_scales is not None:
             self.s2_scales = parse_scales(self.s2_scales)
         super().__post_init__(**kwargs)

@@ -410,10 +410,17 @@ def check_options(processor: VilaProcessor) -> None:
         raise ValueError("video_as_images must be True or False")
     if not isinstance(processor.time_token_format, str) or processor.time_token_format.count("{t}") != 1:
         raise ValueError("time_token_format must be a text with one {t}")
-    pools = processor.video_pool_sizes
-    sizes = [size for pool in pools or [] for size in pool] if isinstance(pools, (list, type(None))) else [0]
-    if any(len(pool) != 3 for pool in pools or []) or not all(isinstance(n, int) and n >= 1 for n in sizes):
+    if processor.video_pool_sizes is not None and not is_pooling(processor.video_pool_sizes):
         raise ValueError("video_pool_sizes must be None or a list of triples of whole numbers of at least 1")
+
+
+def is_pooling(pools: Any) -> bool:
+    if not isinstance(pools, (list, tuple)) or not pools:
+        return False
+    return all(
+        isinstance(pool, (list, tuple)) and len(pool) == 3 and all(type(n) is int and n >= 1 for n in pool)
+        for pool in pools
+    )
 
 
 __all__ = ["VilaProcessor"]

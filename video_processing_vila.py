@@ -203,9 +203,14 @@ def decode_frames(
 def open_container(file: str | BytesIO, policy: Any) -> Any:
     if isinstance(file, BytesIO):
         file.seek(0)
-    # a playlist would make FFmpeg read other files or URLs; frames may grow in the middle of a stream
-    options = {"format_whitelist": FORMATS, "max_pixels": str(min(policy.max_pixels, MAX_INT))}
+    # a playlist would make FFmpeg read other files or URLs
+    options = {"format_whitelist": FORMATS, **decoder_limits(policy)}
     return av.open(file, options=options, metadata_errors="replace")
+
+
+def decoder_limits(policy: Any) -> dict[str, str]:
+    """Keeps FFmpeg from allocating a frame that has grown in the middle of a stream; it rounds sizes up."""
+    return {"max_pixels": str(min(2 * policy.max_pixels, MAX_INT))}
 
 
 def video_streams(container: Any) -> list[Any]:
@@ -250,6 +255,7 @@ def frames_at(file: str | BytesIO, packets: Packets, indices: Sequence[int], pol
     with open_container(file, policy) as container:
         stream = video_streams(container)[0]
         stream.thread_type = "AUTO"
+        stream.codec_context.options = decoder_limits(policy)
         frames, position = decode_all(container, stream), -1
         for done, index in enumerate(indices):
             key = packets.keys[bisect_right(packets.keys, index) - 1]
