@@ -104,7 +104,7 @@ def to_rgb(image: Image.Image, background_color: Sequence[int] | None = None) ->
     if image.mode == "RGBA" and background_color is not None:
         canvas = Image.new("RGBA", image.size, (*background_color, 255))
         image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def array_to_image(array: Any, input_data_format: Any = None) -> Image.Image:
