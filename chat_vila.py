@@ -39,6 +39,24 @@ def break_offsets(text: str) -> list[dict[str, Offset]]:
     return [{"span": (at, at + 1), "new_span": (at - count, at - count)} for count, at in enumerate(removed)]
 
 
+def check_prompts(text: Any) -> list[str]:
+    """One or several prompts as a list.
+
+    Raises:
+        ValueError: if they are no strings, there is none, or one is no valid Unicode.
+    """
+    prompts = [text] if isinstance(text, str) else text
+    is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0
+    if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("text must be a string or a non-empty list of strings")
+    for row, prompt in enumerate(prompts):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt {row} holds half of a surrogate pair, which is no character") from error
+    return list(prompts)
+
+
 def map_chats(conversation: Any, change: Callable[[dict, str], dict]) -> list:
     """Applies `change(message, place)` to every message of one chat or of a batch of chats, which are copied.
 

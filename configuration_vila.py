@@ -35,6 +35,11 @@ DOWNSAMPLE_FACTORS = {
 }
 PLAIN_PROJECTOR = re.compile(r"identity|linear|mlp([1-9]\d*)x_gelu")
 CLASS_TOKEN_TOWERS = ("clip_vision_model", "internvl_vision")
+# far beyond any model; what a damaged config asks for must not be built
+MAX_LAYERS = 2**10
+MAX_SIZE = 2**24
+MAX_SCALE = 2**14  # pixels
+MAX_TOKEN_ID = 2**31 - 1
 ORIGINAL_CONFIG_KEYS = ("llm_cfg", "vision_tower_cfg", "mm_projector_cfg")
 
 
@@ -121,6 +126,11 @@ class VilaConfig(PreTrainedConfig):
                 f"this is the config of an original VILA checkpoint (it has {original[0]!r}): "
                 "run `vila-convert SRC DST` on the folder first"
             )
+        for part in ("vision_config", "text_config"):
+            given = getattr(self, part)
+            if isinstance(given, dict) and isinstance(layers := given.get("num_hidden_layers"), int):
+                # before a sub-config makes a list of them
+                require_positive(layers, f"{part}.num_hidden_layers", MAX_LAYERS)
         if self.s2_scales is not None:
             self.s2_scales = parse_scales(self.s2_scales)
         super().__post_init__(**kwargs)
@@ -173,8 +183,9 @@ class VilaConfig(PreTrainedConfig):
 
     def _check_sizes(self) -> None:
         for part in ("vision_config", "text_config"):
-            for name in ("hidden_size", "num_hidden_layers"):
-                require_positive(getattr(getattr(self, part), name, None), f"{part}.{name}")
+            require_positive(getattr(getattr(self, part), "hidden_size", None), f"{part}.hidden_size")
+            layers = getattr(getattr(self, part), "num_hidden_layers", None)
+            require_positive(layers, f"{part}.num_hidden_layers", MAX_LAYERS)
             for name in ("num_attention_heads", "intermediate_size"):
                 require_positive(getattr(getattr(self, part), name, 1), f"{part}.{name}")
         require_positive(getattr(self.text_config, "vocab_size", None), "text_config.vocab_size")
@@ -191,9 +202,10 @@ class VilaConfig(PreTrainedConfig):
             )
         if self.vision_chunk_size is not None:
             require_positive(self.vision_chunk_size, "vision_chunk_size")
-        if min(self.image_token_id, self.video_token_id) < 0 or self.image_token_id == self.video_token_id:
+        ids = (self.image_token_id, self.video_token_id)
+        if min(ids) < 0 or max(ids) > MAX_TOKEN_ID or ids[0] == ids[1]:
             raise ValueError(
-                f"token ids must be different and not negative: image_token_id={self.image_token_id}, "
+                f"token ids must be different, not negative and below 2**31: image_token_id={self.image_token_id}, "
                 f"video_token_id={self.video_token_id}"
             )
 
@@ -275,14 +287,14 @@ def parse_scales(scales: str | Sequence[int]) -> list[int]:
         numbers = [int(value) for value in values]
     except (TypeError, ValueError) as error:
         raise ValueError(f"s2_scales must be whole numbers, got {scales!r}") from error
-    if not numbers or min(numbers) < 1 or len(set(numbers)) != len(numbers):
-        raise ValueError(f"s2_scales must be different positive numbers, got {scales!r}")
+    if not numbers or min(numbers) < 1 or max(numbers) > MAX_SCALE or len(set(numbers)) != len(numbers):
+        raise ValueError(f"s2_scales must be different positive numbers up to {MAX_SCALE}, got {scales!r}")
     return sorted(numbers)
 
 
-def require_positive(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+def require_positive(value: Any, name: str, most: int = MAX_SIZE) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= most:
+        raise ValueError(f"{name} must be a positive whole number up to {most}, got {value!r}")
 
 
 __all__ = ["VilaConfig"]

@@ -24,8 +24,12 @@ class VilaGenerationMixin(GenerationMixin):
 
         A continued chat is processed as a whole, media of earlier turns included. What lies in the cache is not
         encoded a second time.
+
+        Raises:
+            ValueError: if the prompt is longer than the language model's context, or placeholders and media differ.
         """
         input_ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        check_context(self.config.text_config, [input_ids, kwargs.get("inputs_embeds")], mask)
         cache, cached = kwargs.get("past_key_values"), 0
         # a mask that is longer than the ids says that they are those of the new turn alone
         if input_ids is not None and isinstance(cache, Cache) and (mask is None or mask.shape == input_ids.shape):
@@ -78,6 +82,29 @@ class VilaGenerationMixin(GenerationMixin):
         if grid_thw is not None:
             grid_thw = grid_thw[torch.tensor(is_new, device=grid_thw.device)]
         return torch.cat(kept), grid_thw
+
+
+def check_context(config: Any, prompts: list[torch.Tensor | None], mask: Any) -> None:
+    """Refuses a prompt that is longer than the language model was made for, unless its rope is scaled.
+
+    Args:
+        config: the language model's.
+        prompts: `(batch, sequence, ...)`.
+        mask: `(batch, positions)`, earlier turns in the cache included.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    is_scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=0)
+    is_plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
+    if limit is None or is_scaled or max(length, mask.shape[1] if is_plain else 0) <= limit:
+        return
+    if is_plain:
+        length = int(mask.sum(1).max())  # without padding
+    if length > limit:
+        raise ValueError(
+            f"the prompt has {length} tokens, more than the {limit} of the language model's context "
+            "(config.text_config.max_position_embeddings): shorten it, or pass fewer pictures or frames"
+        )
 
 
 def media_behind(placeholders: torch.Tensor, cached: int, tokens: list[int]) -> Iterator[bool]:

@@ -1,104 +1,90 @@
 """Whatever a picture comes as -> 8-bit RGB as a person sees it, with limits that are checked before the work."""
 
-import base64
-import binascii
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-URL_TIMEOUT_SECONDS = 30.0
-MAX_PIXELS = 2**27  # of a picture as it is given, resized or padded; Pillow warns from about 2/3 of this on
+from .media_sources_vila import open_source, read_bytes
+
+EXIF_ORIENTATION = 0x0112
+TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
-def check_pixels(width: int, height: int, purpose: str, max_pixels: int = MAX_PIXELS) -> None:
-    if width * height > max_pixels:
-        raise ValueError(
-            f"{purpose} takes {width}x{height} pixels, more than the limit max_pixels={max_pixels}: pass a smaller "
-            "picture or raise the limit"
-        )
+@dataclass(frozen=True)
+class EncodedPicture:
+    """The file of a picture of which only the header was read.
+
+    It is decoded when its turn comes, and then not kept: of many pictures, one at a time is in memory.
+    """
+
+    data: bytes
+    name: str
+    width: int
+    height: int
+
+    def to_image(self, policy: Any) -> Image.Image:
+        """Decodes the whole picture, so that a truncated file fails here.
+
+        Raises:
+            ValueError: if it is broken.
+        """
+        image = Image.open(BytesIO(self.data))
+        load_image(image, self.name, policy)
+        return image
 
 
-def open_image(source: str | bytes | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Opens a picture from an http(s) URL, a path, a data URI, a base64 string or the bytes of a file.
+def open_image(source: str | bytes | os.PathLike, policy: Any) -> EncodedPicture:
+    """A picture from an http(s) URL, a path, a data URI, a base64 string or the bytes of a file; not decoded yet.
 
     Raises:
-        ValueError: if the source is none of these or does not hold a picture.
+        ValueError: if the source is none of these, does not hold a picture, or the policy refuses it.
     """
-    if isinstance(source, bytes):
-        return decode_image(source, "the given byte string", max_pixels)
-    text = os.fsdecode(source)
-    if text.startswith(("http://", "https://")):
-        return decode_image(fetch_url(text), "the given URL", max_pixels)
-    if text.startswith("data:"):
-        header, _, payload = text.partition(",")
-        if not header.startswith("data:image/") or not header.endswith(";base64"):
-            raise ValueError("a data URI must be of the form data:image/<type>;base64,<data>")
-        return decode_image(decode_base64(payload), "the given data URI", max_pixels)
-    if len(text) < 4096 and os.path.isfile(text):
-        try:
-            with open(text, "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise ValueError(f"the file {os.path.basename(text)!r} cannot be read") from error
-        return decode_image(data, f"the file {os.path.basename(text)!r}", max_pixels)
-    # only what has the suffix of a file name is shown: the rest may be somebody's base64 data
-    if isinstance(source, os.PathLike) or (len(text) <= 200 and os.path.splitext(text)[1]):
-        raise ValueError(f"not an http(s) URL or an existing file: {text[:200]!r}")
-    try:
-        data = decode_base64(text)
-    except ValueError as error:
-        raise ValueError("not an http(s) URL, an existing file, a data URI or a base64 string") from error
-    return decode_image(data, "the given base64 string", max_pixels)
-
-
-def fetch_url(url: str) -> bytes:
-    """What an http(s) URL answers.
-
-    Raises:
-        ValueError: if it cannot be reached or answers with an error.
-    """
-    try:
-        response = httpx.get(url, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
-        response.raise_for_status()
-    except httpx.HTTPError as error:
-        raise ValueError(f"the given URL could not be fetched ({type(error).__name__})") from error
-    return response.content
-
-
-def decode_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError("not valid base64") from error
-
-
-def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes the whole picture now, so that a truncated file fails here and not in the middle of a batch."""
+    found = open_source(source, "image", policy)
+    data, name = read_bytes(found, policy), found.name
     try:
         image = Image.open(BytesIO(data))
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} holds no picture that Pillow can read") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{name} holds a picture of more pixels than Pillow opens; the limit max_pixels is {max_pixels}"
+            f"{name} holds a picture of more pixels than Pillow opens; the limit max_pixels is {policy.max_pixels}"
         ) from error
     except Exception as error:  # broken headers reach Pillow's parsers and raise nearly anything
         raise ValueError(f"{name} holds a broken or truncated picture") from error
-    load_image(image, name, max_pixels)
-    return image
+    policy.check_pixels(image.width, image.height, f"decoding {name}")
+    height, width = upright_size(image)
+    return EncodedPicture(data, name, width, height)
 
 
-def load_image(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> None:
+def upright_size(image: Any) -> tuple[int, int]:
+    """`(height, width)` of a picture of any accepted kind without decoding it, as far as its header tells."""
+    if isinstance(image, Image.Image):
+        try:
+            # Pillow decodes a PNG to find EXIF data behind its pixels
+            is_known = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(EXIF_ORIENTATION) if is_known else None
+        except Exception:  # as in `open_image`
+            orientation = None
+        return (image.width, image.height) if orientation in TURNED else (image.height, image.width)
+    if hasattr(image, "height") and hasattr(image, "width"):
+        return image.height, image.width
+    shape = tuple(getattr(image, "shape", ()))
+    if len(shape) not in (2, 3) or 0 in shape:
+        return 1, 1  # no picture: what is done with it says so
+    return shape[:2] if len(shape) == 2 or shape[-1] in (1, 3, 4) else shape[1:]
+
+
+def load_image(image: Image.Image, name: str, policy: Any) -> None:
     """Decodes a picture of which only the header was read, unless the header says that it is too large."""
-    check_pixels(image.width, image.height, f"decoding {name}", max_pixels)
+    policy.check_pixels(image.width, image.height, f"decoding {name}")
     try:
         image.load()
-    except Exception as error:  # as in `decode_image`
+    except Exception as error:  # as in `open_image`
         raise ValueError(f"{name} is broken, truncated or closed") from error
 
 
@@ -118,7 +104,7 @@ def to_rgb(image: Image.Image, background_color: Sequence[int] | None = None) ->
     if image.mode == "RGBA" and background_color is not None:
         canvas = Image.new("RGBA", image.size, (*background_color, 255))
         image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def array_to_image(array: Any, input_data_format: Any = None) -> Image.Image:

@@ -5,12 +5,16 @@
 - Rescaling and normalising 8-bit pixels is one table look-up, exactly equal to the arithmetic it replaces.
 """
 
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -33,7 +37,8 @@ from .geometry_vila import (
     square_padding,
     tile_boxes,
 )
-from .image_loading_vila import MAX_PIXELS, array_to_image, check_pixels, load_image, open_image, to_rgb
+from .image_loading_vila import array_to_image, load_image, open_image, to_rgb, upright_size
+from .media_policy_vila import MediaPolicy
 from .resizing_vila import in_threads, resize_picture
 
 logger = logging.get_logger(__name__)
@@ -51,7 +56,8 @@ class VilaImagesKwargs(ImagesKwargs, total=False):
     s2_scales: sizes in pixels of the scales of `"dynamic_s2"`.
     tile_multiple_images: cut tiles also where a conversation has several pictures.
     background_color: `[red, green, blue]` that transparent pixels are laid on; None drops the alpha channel.
-    max_pixels: largest picture, as it is given or while it is resized or padded; checked before the work.
+    media_policy: what may be read and how large it may be: a `MediaPolicy`, `"notebook"`, `"server"` or a dictionary
+        of its fields to change.
     """
 
     image_mode: ImageMode
@@ -60,7 +66,7 @@ class VilaImagesKwargs(ImagesKwargs, total=False):
     s2_scales: list[int] | None
     tile_multiple_images: bool
     background_color: list[int] | tuple[int, ...] | None
-    max_pixels: int
+    media_policy: Any
 
 
 class VilaImageProcessor(PilBackend):
@@ -69,6 +75,9 @@ class VilaImageProcessor(PilBackend):
     Called with a list of pictures, it takes them as those of one conversation; with a list of lists, as one
     conversation each. Returns `pixel_values`, `(tiles of all pictures, 3, height, width)`, and `image_grid_thw`,
     `(pictures, 3)`, with `(1, rows, columns)` of each grid.
+
+    The attribute `media_policy` says what is read; a value that is assigned changes it as `MediaPolicy.changed` says.
+    It is not saved, and no file of a checkpoint sets it.
     """
 
     valid_kwargs = VilaImagesKwargs
@@ -90,19 +99,50 @@ class VilaImageProcessor(PilBackend):
     s2_scales: list[int] | None = None
     tile_multiple_images = False
     background_color: list[int] | None = None
-    max_pixels = MAX_PIXELS
 
-    def fetch_images(self, image_url_or_urls: Any, max_pixels: int | None = None) -> Any:
-        """Opens URLs, paths, data URIs, base64 strings and bytes; pictures and arrays pass through."""
+    def __init__(self, media_policy: Any = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        own = VilaImagesKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+        with errors_name_options():
+            given = {name: value for name in own if (value := getattr(self, name)) is not None}
+            validate_typed_dict(VilaImagesKwargs, given)  # type: ignore[type-var]
+        # last: whatever a file of a checkpoint says, this is the caller's
+        self._media_policy = MediaPolicy().changed(media_policy)
+
+    @property
+    def media_policy(self) -> MediaPolicy:
+        return self.__dict__.get("_media_policy", MediaPolicy())
+
+    @media_policy.setter
+    def media_policy(self, change: Any) -> None:
+        self._media_policy = self.media_policy.changed(change)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but without a media policy that a file of a checkpoint may hold."""
+        options = {key: value for key, value in image_processor_dict.items() if "media_policy" not in key}
+        return super().from_dict(options, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        with open(json_file, encoding="utf-8") as file:
+            return cls.from_dict(json.load(file))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "_media_policy"}
+
+    def fetch_images(self, image_url_or_urls: Any, media_policy: Any = None) -> Any:
+        """Reads the headers of URLs, paths, data URIs, base64 strings and bytes; pictures and arrays pass through."""
+        policy = self.media_policy.changed(media_policy)
         if isinstance(image_url_or_urls, (list, tuple)):
             fetched = []
             for index, source in enumerate(image_url_or_urls):
                 kind = "conversation" if isinstance(source, (list, tuple)) else "picture"
                 with errors_name(f"{kind} {index}"):
-                    fetched.append(self.fetch_images(source, max_pixels))
+                    fetched.append(self.fetch_images(source, policy))
             return fetched
         if isinstance(image_url_or_urls, (str, bytes, os.PathLike)):
-            return open_image(image_url_or_urls, max_pixels or self.max_pixels)
+            return open_image(image_url_or_urls, policy)
         return image_url_or_urls
 
     def tile_grids(self, sizes: Sequence[tuple[int, int]], **kwargs: Any) -> list[TileGrid]:
@@ -111,6 +151,10 @@ class VilaImageProcessor(PilBackend):
         Raises:
             ValueError: if `max_tiles` is below what `min_tiles` or the scales of dynamic S2 need.
         """
+        return [self.tile_grid(size, len(sizes) > 1, **kwargs) for size in sizes]
+
+    def tile_grid(self, picture_size: tuple[int, int], is_one_of_several: bool, **kwargs: Any) -> TileGrid:
+        """Grid of one picture of a conversation, see `tile_grids`."""
         mode, min_tiles, max_tiles, scales, tile_multiple = (
             kwargs.get(name, getattr(self, name))
             for name in ("image_mode", "min_tiles", "max_tiles", "s2_scales", "tile_multiple_images")
@@ -118,13 +162,13 @@ class VilaImageProcessor(PilBackend):
         if mode not in IMAGE_MODES:
             raise ValueError(f"unknown image_mode {mode!r}; known are {', '.join(IMAGE_MODES)}")
         if mode not in ("dynamic", "dynamic_s2"):
-            return [TileGrid(1, 1)] * len(sizes)
-        if len(sizes) > 1 and not tile_multiple:
+            return TileGrid(1, 1)
+        if is_one_of_several and not tile_multiple:
             logger.warning_once(
                 "A conversation has several pictures: each is shown as one view without tiles, as in the original "
                 "inference. Pass `tile_multiple_images=True` to tile every picture at full detail."
             )
-            return [TileGrid(1, 1)] * len(sizes)
+            return TileGrid(1, 1)
         tile_size = tile_side(kwargs.get("crop_size", self.crop_size) or kwargs.get("size", self.size))
         if mode == "dynamic_s2":
             if not scales:
@@ -132,15 +176,20 @@ class VilaImageProcessor(PilBackend):
             min_tiles, tile_size = min_dynamic_s2_tiles(scales), scales[0]
             if max_tiles < min_tiles:
                 raise ValueError(f"max_tiles={max_tiles} is below the {min_tiles} tiles that s2_scales={scales} need")
-        return [choose_tile_grid(width, height, tile_size, min_tiles, max_tiles) for height, width in sizes]
+        return choose_tile_grid(*picture_size[::-1], tile_size, min_tiles, max_tiles)
+
+    def picture_views(self, image: Any, is_one_of_several: bool, **kwargs: Any) -> tuple[list[Image.Image], TileGrid]:
+        """One picture -> what the tower is shown of it, not normalised, and its grid.
+
+        With `pixels_of_views` behind it, every picture can be decoded, cut and dropped before the next one.
+        """
+        return self._picture_views(image, is_one_of_several, **self._complete(kwargs))
 
     def frame_views(self, frame: Any, max_tiles: int = 1, **kwargs: Any) -> list[Image.Image]:
-        """One video frame -> what the tower is shown of it: the whole frame or, with `max_tiles` above 1, tiles and a
-        thumbnail. The views pass through this processor unchanged, so that frames can be shrunk as they are decoded.
+        """One video frame -> views as of `picture_views`: the whole frame or, with `max_tiles` above 1, tiles and a
+        thumbnail.
         """
-        for name in self._valid_kwargs_names:
-            kwargs.setdefault(name, getattr(self, name, None))
-        kwargs = self._standardize_kwargs(**kwargs)
+        kwargs = self._complete(kwargs)
         picture = self.process_image(frame, **kwargs)
         if max_tiles == 1:
             return self._cut(picture, TileGrid(1, 1), **kwargs)
@@ -148,30 +197,53 @@ class VilaImageProcessor(PilBackend):
         grid = choose_tile_grid(picture.width, picture.height, side, 1, max_tiles)
         return self._cut(picture, grid, **{**kwargs, "image_mode": "dynamic"})
 
+    def _complete(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Options of one call with those of the processor behind them, checked."""
+        own = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        kwargs = self._standardize_kwargs(**{**own, **kwargs})
+        self._validate_preprocess_kwargs(**kwargs)
+        return kwargs
+
+    def _picture_views(self, image: Any, is_one_of_several: bool, **kwargs: Any) -> tuple[list[Image.Image], TileGrid]:
+        picture = self.process_image(image, **kwargs)
+        grid = self.tile_grid((picture.height, picture.width), is_one_of_several, **kwargs)
+        return self._cut(picture, grid, **kwargs), grid
+
     def process_image(self, image: Any, background_color: Sequence[int] | None = None, **kwargs: Any) -> Image.Image:
         """Any accepted picture -> 8-bit RGB as a person sees it."""
-        if not isinstance(image, Image.Image):
+        policy = self.media_policy.changed(kwargs.get("media_policy"))
+        if hasattr(image, "to_image"):
+            image = image.to_image(policy)
+        elif not isinstance(image, Image.Image):
+            height, width = upright_size(image)
+            policy.check_pixels(width, height, "decoding the picture")
             image = array_to_image(image, kwargs.get("input_data_format"))
-        load_image(image, "the picture", kwargs.get("max_pixels", self.max_pixels))
+        load_image(image, "the picture", policy)
         return to_rgb(image, background_color)
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
-        conversations = group_by_conversation(self.fetch_images(images, kwargs["max_pixels"]))
+        policy = kwargs["media_policy"]
+        conversations = group_by_conversation(images)
+        policy.check_media(sum(map(len, conversations)))
+        conversations = group_by_conversation(self.fetch_images(images, policy))
         tiles: list[Image.Image] = []
         grids: list[TileGrid] = []
         for row, conversation in enumerate(conversations):
-            pictures = []
             for index, image in enumerate(conversation):
                 with errors_name(f"conversation {row}: picture {index}"):
-                    pictures.append(self.process_image(image, **kwargs))
-            chosen = self.tile_grids([(picture.height, picture.width) for picture in pictures], **kwargs)
-            for index, (picture, grid) in enumerate(zip(pictures, chosen)):
-                with errors_name(f"conversation {row}: picture {index}"):
-                    tiles += self._cut(picture, grid, **kwargs)
-            grids += chosen
+                    views, grid = self._picture_views(image, len(conversation) > 1, **kwargs)
+                tiles += views
+                grids.append(grid)
         if not tiles:
             raise ValueError("no picture was given")
         return self._preprocess(tiles, grids, **kwargs)
+
+    def preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        with errors_name_options():
+            return super().preprocess(*args, **kwargs)
+
+    def _standardize_kwargs(self, media_policy: Any = None, **kwargs: Any) -> dict:
+        return {**super()._standardize_kwargs(**kwargs), "media_policy": self.media_policy.changed(media_policy)}
 
     def _validate_preprocess_kwargs(self, *args: Any, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(*args, **kwargs)
@@ -198,19 +270,19 @@ class VilaImageProcessor(PilBackend):
 
     def _cut(self, picture: Image.Image, grid: TileGrid, **kwargs: Any) -> list[Image.Image]:
         """One RGB picture -> its tiles, not normalised (specs of the release: NVILA §3.1)."""
-        mode, limit, target = kwargs["image_mode"], kwargs["max_pixels"], kwargs["crop_size"] or kwargs["size"]
+        mode, policy, target = kwargs["image_mode"], kwargs["media_policy"], kwargs["crop_size"] or kwargs["size"]
         if grid.area > 1 and mode == "dynamic":
             side = tile_side(target)
-            tiles = [*cut_tiles(picture, grid, side, limit), resize(picture, side, side, limit)]
+            tiles = [*cut_tiles(picture, grid, side, policy), resize(picture, side, side, policy)]
             return [self._tower_preprocessing(tile, **kwargs) for tile in tiles]
         if grid.area > 1:
             squares = [TileGrid(k, k) for k in scale_splits(kwargs["s2_scales"])[:-1]]
             side = kwargs["s2_scales"][0]
-            return [tile for split in [*squares, grid] for tile in cut_tiles(picture, split, side, limit)]
+            return [tile for split in [*squares, grid] for tile in cut_tiles(picture, split, side, policy)]
         if mode == "resize" and kwargs["do_resize"]:
-            picture = resize(picture, target["width"], target["height"], limit)
+            picture = resize(picture, target["width"], target["height"], policy)
         elif mode == "pad":
-            picture = pad_to_square(picture, kwargs["image_mean"], limit)
+            picture = pad_to_square(picture, kwargs["image_mean"], policy)
         return [self._tower_preprocessing(picture, **kwargs)]
 
     def _tower_preprocessing(self, picture: Image.Image, **kwargs: Any) -> Image.Image:
@@ -226,30 +298,41 @@ class VilaImageProcessor(PilBackend):
                 )
             else:
                 height, width = size.height, size.width
-            picture = resize(picture, width, height, kwargs["max_pixels"], kwargs["resample"])
+            picture = resize(picture, width, height, kwargs["media_policy"], kwargs["resample"])
         if kwargs["do_center_crop"]:
-            picture = center_crop(picture, kwargs["crop_size"], kwargs["max_pixels"])
+            picture = center_crop(picture, kwargs["crop_size"], kwargs["media_policy"])
         return picture
 
+    def pixels_of_views(self, views: list[Image.Image], **kwargs: Any) -> np.ndarray:
+        """Views of `picture_views` and `frame_views` -> `(views, 3, height, width)`, normalised.
+
+        Raises:
+            ValueError: if they differ in size.
+        """
+        return self._normalise(views, **self._complete(kwargs))
+
     def _preprocess(self, images: list[Image.Image], grids: list[TileGrid], **kwargs: Any) -> BatchFeature:
+        data = {
+            "pixel_values": self._normalise(images, **kwargs),
+            "image_grid_thw": np.array([(1, grid.rows, grid.cols) for grid in grids], dtype=np.int64),
+        }
+        return BatchFeature(data, tensor_type=kwargs["return_tensors"])
+
+    def _normalise(self, views: list[Image.Image], **kwargs: Any) -> np.ndarray:
         table = normalisation_table(**kwargs)
-        height, width = images[0].height, images[0].width
-        pixel_values = np.empty((len(images), 3, height, width), dtype=np.float32)
-        if any((picture.height, picture.width) != (height, width) for picture in images):
+        height, width = views[0].height, views[0].width
+        if any((view.height, view.width) != (height, width) for view in views):
             raise ValueError("pictures of different sizes cannot be batched: `do_resize=False` needs equal sizes")
+        pixel_values = np.empty((len(views), 3, height, width), dtype=np.float32)
 
         def normalise(number: int) -> None:
-            pixels = np.asarray(images[number])
+            pixels = np.asarray(views[number])
             for channel in range(3):
                 # no index of 8 bits is outside of the table: clipping saves the check
                 np.take(table[channel], pixels[..., channel], out=pixel_values[number, channel], mode="clip")
 
-        in_threads(normalise, range(len(images)), limit=len(images))
-        data = {
-            "pixel_values": pixel_values,
-            "image_grid_thw": np.array([(1, grid.rows, grid.cols) for grid in grids], dtype=np.int64),
-        }
-        return BatchFeature(data, tensor_type=kwargs["return_tensors"])
+        in_threads(normalise, range(len(views)), limit=len(views))
+        return pixel_values
 
 
 def normalisation_table(
@@ -275,6 +358,16 @@ def errors_name(item: str) -> Iterator[None]:
         raise ValueError(f"{item}: {error}") from error
 
 
+@contextmanager
+def errors_name_options() -> Iterator[None]:
+    """Turns transformers' errors about the type of an option, which show its value, into a `ValueError`."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        # up to where the value is shown
+        raise ValueError(re.split(r", got | \(value", str(error))[0]) from None
+
+
 def check_size(name: str, size: SizeDict, *allowed: set[str]) -> None:
     if set(dict(size)) not in allowed or min(dict(size).values()) < 1:
         keys = " or ".join("{" + ", ".join(sorted(keys)) + "}" for keys in allowed)
@@ -282,10 +375,10 @@ def check_size(name: str, size: SizeDict, *allowed: set[str]) -> None:
 
 
 def resize(
-    picture: Image.Image, width: int, height: int, limit: int, resample: int = Image.Resampling.BICUBIC
+    picture: Image.Image, width: int, height: int, policy: MediaPolicy, resample: int = Image.Resampling.BICUBIC
 ) -> Image.Image:
     # Pillow brings every row of the picture to the new width before it changes their number
-    check_pixels(width, max(height, picture.height), "resizing the picture", limit)
+    policy.check_pixels(width, max(height, picture.height), "resizing the picture")
     return resize_picture(picture, (width, height), resample)
 
 
@@ -296,23 +389,23 @@ def tile_side(size: SizeDict | dict[str, int]) -> int:
     return size["height"]
 
 
-def cut_tiles(picture: Image.Image, grid: TileGrid, side: int, limit: int) -> list[Image.Image]:
-    resized = resize(picture, side * grid.cols, side * grid.rows, limit)
+def cut_tiles(picture: Image.Image, grid: TileGrid, side: int, policy: MediaPolicy) -> list[Image.Image]:
+    resized = resize(picture, side * grid.cols, side * grid.rows, policy)
     return [resized.crop(box) for box in tile_boxes(grid, side)]
 
 
-def pad_to_square(picture: Image.Image, mean: float | Sequence[float], limit: int) -> Image.Image:
+def pad_to_square(picture: Image.Image, mean: float | Sequence[float], policy: MediaPolicy) -> Image.Image:
     """The picture centred on a square of the mean colour."""
     side, left, upper = square_padding(picture.width, picture.height)
-    check_pixels(side, side, "padding the picture", limit)
+    policy.check_pixels(side, side, "padding the picture")
     square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3)))
     square.paste(picture, (left, upper))
     return square
 
 
-def center_crop(picture: Image.Image, crop_size: Any, limit: int) -> Image.Image:
+def center_crop(picture: Image.Image, crop_size: Any, policy: MediaPolicy) -> Image.Image:
     """The middle of the picture; black where the picture is smaller than the crop."""
-    check_pixels(crop_size.width, crop_size.height, "cropping the picture", limit)
+    policy.check_pixels(crop_size.width, crop_size.height, "cropping the picture")
     left = (picture.width - crop_size.width) // 2
     upper = (picture.height - crop_size.height) // 2
     return picture.crop((left, upper, left + crop_size.width, upper + crop_size.height))

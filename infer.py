@@ -21,8 +21,9 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from .chat_templates_vila import CONV_MODES
-from .image_loading_vila import fetch_url
 from .loading_vila import DTYPES, Checkpoint
+from .media_policy_vila import MediaPolicy
+from .media_sources_vila import fetch_url
 from .processing_vila import VilaProcessor
 from .structured_output_vila import json_grammar, json_processors
 from .video_processing_vila import video_duration
@@ -84,13 +85,15 @@ def answer(options: argparse.Namespace) -> None:
     Raises:
         OSError, ValueError: in words for the user.
     """
-    media = [media_block(source) for source in options.media]
+    policy = MediaPolicy().changed(options.media_policy)
+    media = [media_block(source, policy) for source in options.media]
     schema = read_schema(options.json_schema) if options.json_schema else None
     wants_json = options.json_mode or schema is not None
     if wants_json:
         json_grammar(schema)  # what is wrong with it is told now, not when the model is there
     checkpoint = Checkpoint(options.model_path, options.conv_mode)
     processor = checkpoint.load_processor()
+    processor.media_policy = policy
     if options.num_video_frames > 0:
         processor.num_video_frames = options.num_video_frames
     if options.video_max_tiles > 0:
@@ -116,7 +119,7 @@ def answer(options: argparse.Namespace) -> None:
         raise ValueError("the answer ended before its JSON was complete: raise --max-new-tokens")
 
 
-def media_block(source: str) -> dict[str, Any]:
+def media_block(source: str, policy: MediaPolicy) -> dict[str, Any]:
     """A file, a folder of frames or a URL as a part of a message.
 
     A URL whose path does not tell what it is gets fetched, once, and is looked at.
@@ -137,7 +140,7 @@ def media_block(source: str) -> dict[str, Any]:
     if not is_url:
         known = " ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
         raise ValueError(f"{source} is neither a picture nor a video by its name; known are {known}")
-    data = fetch_url(source)
+    data = fetch_url(source, policy)
     return {"type": "image", "image": data} if is_picture(data) else {"type": "video", "video": data}
 
 
@@ -159,9 +162,9 @@ def clip_duration(media: list[dict[str, Any]], processor: VilaProcessor) -> floa
     if processor.num_time_tokens < 2 or not videos:
         return None
     if url := videos[0].pop("url", None):
-        videos[0]["video"] = fetch_url(url)
+        videos[0]["video"] = fetch_url(url, processor.media_policy)
     source = videos[0].get("video") or videos[0]["path"]
-    duration = video_duration(source) if len(videos) == 1 else None
+    duration = video_duration(source, processor.media_policy) if len(videos) == 1 else None
     if duration is None:
         logger.warning("Times in the answer stay time tokens: seconds need exactly one video, with a frame rate.")
     return duration
@@ -229,6 +232,16 @@ def number(kind: type, low: float, high: float = float("inf"), *, or_default: bo
     return parse
 
 
+def policy_change(text: str) -> Any:
+    """An argparse type: a word, or a JSON object of the fields of `MediaPolicy` to change."""
+    change = json.loads(text) if text.startswith("{") else text
+    try:
+        MediaPolicy().changed(change)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return change
+
+
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vila-infer",
@@ -245,6 +258,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add(
         "--media", nargs="+", action="extend", default=[], help="pictures, videos and folders of frames: files or URLs"
     )
+    add("--media-policy", type=policy_change, metavar="JSON", help="limits to change: '{\"max_frames\": 100000}'")
     add("-nf", "--num-video-frames", type=count, default=-1, metavar="N", help="frames that are taken of a video")
     add("-vm", "--video-max-tiles", type=count, default=-1, metavar="N", help="tiles that a frame is cut into at most")
     add("--json-mode", action="store_true", help="answer with JSON")

@@ -3,9 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator
-from itertools import chain, count, groupby, islice
-from operator import itemgetter
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,14 +12,12 @@ from transformers.utils import logging
 
 from .chat_vila import tokenize
 from .geometry_vila import TileGrid, num_image_tokens, num_tiles, pooled_frames
+from .image_loading_vila import upright_size
 from .image_processing_vila import errors_name, group_by_conversation
-from .video_processing_vila import load_frames
+from .video_processing_vila import FramePlan, plan_frames
 
 # videos of more frames than this show a progress bar while they are decoded
 LONG_VIDEO_FRAMES = 64
-
-# options of the image processor for views that `frame_views` made
-CUT_ALREADY = {"image_mode": "plain", "do_resize": False, "do_center_crop": False}
 
 
 class Medium(NamedTuple):
@@ -32,11 +28,19 @@ class Medium(NamedTuple):
     is_tiled: bool
 
 
-class Shown(NamedTuple):
-    """The views that one picture or video is shown as, and whether they have the tower's size already."""
+class Seen(NamedTuple):
+    """A picture or video of which only the headers were read.
 
-    views: list[Any]
-    is_cut: bool
+    name: what errors call it.
+    source: a picture in any form, or the plan of a video's frames.
+    is_encoded: whether it goes through the video encoder; else it is shown as one or more pictures.
+    others: how many pictures it shares its prompt with.
+    """
+
+    name: str
+    source: Any
+    is_encoded: bool
+    others: int
 
 
 class VilaMediaBlocks:
@@ -71,99 +75,115 @@ class VilaMediaBlocks:
     ) -> tuple[dict[str, Any], list[list[Medium]]]:
         """Pixels of all media, and what replaces the media tokens of each prompt, in the order of the text."""
         self._check_scales(images_kwargs)
-        images_kwargs = {**images_kwargs, "return_tensors": None}
-        if images is not None:
-            images = self.image_processor.fetch_images(images, images_kwargs.get("max_pixels"))
-        pictures = assign_media(images, prompts, self.image_token, "picture")
-        clips = assign_media(videos, prompts, self.video_token, "video")
-        rows: list[list[Shown]] = []
-        frames: list[list[Any]] = []  # of every encoded video
-        numbers = count()
-        for prompt, own_pictures, own_clips in zip(prompts, map(iter, pictures), map(iter, clips)):
-            tokens = re.findall(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}", prompt)
-            row = []
-            for token in tokens:
-                if token == self.image_token:
-                    row.append(Shown([next(own_pictures)], False))
-                    continue
-                with errors_name(f"video {next(numbers)}"):
-                    clip = self._video_views(next(own_clips), len(tokens) == 1, images_kwargs, videos_kwargs)
-                if not self.video_as_images:
-                    frames.append(clip.views)
-                row.append(clip if self.video_as_images else Shown([], True))
-            rows.append(row)
-
-        data = self._process_shown(rows, images_kwargs)
-        if frames:
-            data |= self._process_frames(frames, images_kwargs)
-        grids = iter([TileGrid(int(rows), int(cols)) for _, rows, cols in data.get("image_grid_thw", [])])
-        clip_lengths = iter(len(clip) for clip in frames)
-        media = [
-            [
-                self._shown(len(views), grids) if views else Medium(self.video_block(next(clip_lengths)), 2, False)
-                for views, _ in row
-            ]
-            for row in rows
-        ]
+        max_tiles = videos_kwargs.get("video_max_tiles") or self.video_max_tiles
+        rows = self._look_at_media(prompts, images, videos, images_kwargs, videos_kwargs, max_tiles)
+        shown: list[Any] = []
+        grids: list[TileGrid] = []
+        clips: list[list[Any]] = []  # of every encoded video
+        media: list[list[Medium]] = []
+        for row in rows:
+            media.append([])
+            for seen in row:
+                with errors_name(seen.name):
+                    views, own_grids = self._views(seen, images_kwargs, max_tiles)
+                if seen.is_encoded:
+                    clips.append(views)
+                    media[-1].append(Medium(self.video_block(len(views)), 2, False))
+                else:
+                    shown += views
+                    grids += own_grids
+                    media[-1].append(self._shown(own_grids))
+        data = {}
+        if shown:
+            data["pixel_values"] = self.image_processor.pixels_of_views(shown, **images_kwargs)
+            data["image_grid_thw"] = np.array([(1, grid.rows, grid.cols) for grid in grids])
+        if clips:
+            frames = [frame for clip in clips for frame in clip]
+            data["pixel_values_videos"] = self.image_processor.pixels_of_views(frames, **images_kwargs)
+            data["video_grid_thw"] = np.array([(len(clip), 1, 1) for clip in clips])
         return data, media
 
-    def _process_shown(self, rows: list[list[Shown]], images_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Pixels of pictures, and of videos shown as such: their frames are cut already, and never tiled again."""
-        parts: list[tuple[dict[str, Any], list[Any]]] = []
-        for row in rows:
-            shown = [medium for medium in row if medium.views]
-            if not any(medium.is_cut for medium in shown):
-                parts += [(images_kwargs, [view for medium in shown for view in medium.views])] if shown else []
-                continue
-            # beside a video, a picture is one of several
-            tiles = images_kwargs.get("tile_multiple_images", self.image_processor.tile_multiple_images)
-            picture_kwargs = images_kwargs if tiles else {**images_kwargs, "image_mode": self._untiled(images_kwargs)}
-            frame_kwargs = {**images_kwargs, **CUT_ALREADY}
-            parts += [(frame_kwargs if medium.is_cut else picture_kwargs, medium.views) for medium in shown]
-        batches = [
-            self.image_processor([views for _, views in group], **options)
-            for options, group in groupby(parts, key=itemgetter(0))
-        ]
-        if len(batches) < 2:
-            return dict(batches[0]) if batches else {}
-        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    def _look_at_media(
+        self,
+        prompts: list[str],
+        images: Any,
+        videos: Any,
+        images_kwargs: dict[str, Any],
+        videos_kwargs: dict[str, Any],
+        max_tiles: int,
+    ) -> list[list[Seen]]:
+        """The media of each prompt: fetched, but not decoded, and no more than the policy allows."""
+        policy, total = images_kwargs["media_policy"], 0
+        pictures = assign_media(images, prompts, self.image_token, "picture")
+        clips = assign_media(videos, prompts, self.video_token, "video")
+        policy.check_media(sum(map(len, pictures + clips)))
+        rows: list[list[Seen]] = []
+        for number, (prompt, own_pictures, own_clips) in enumerate(
+            zip(prompts, map(iter, pictures), map(iter, clips))
+        ):
+            tokens = re.findall(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}", prompt)
+            others = (len(tokens) if self.video_as_images else tokens.count(self.image_token)) - 1
+            rows.append([])
+            for index, token in enumerate(tokens):
+                is_video = token == self.video_token
+                name = f"prompt {number}: {'video' if is_video else 'picture'} {tokens[:index].count(token)}"
+                with errors_name(name):
+                    if is_video:
+                        source = self._plan_video(next(own_clips), videos_kwargs, policy)
+                    else:
+                        source = self.image_processor.fetch_images(next(own_pictures), policy)
+                    seen = Seen(name, source, is_video and not self.video_as_images, others)
+                    total += self._visual_tokens(seen, images_kwargs, max_tiles)
+                    policy.check_visual_tokens(total)
+                rows[-1].append(seen)
+        return rows
 
-    def _untiled(self, images_kwargs: dict[str, Any]) -> str:
-        mode = images_kwargs.get("image_mode") or self.image_processor.image_mode
-        return "plain" if mode in ("dynamic", "dynamic_s2") else mode
-
-    def _shown(self, views: int, grids: Iterator[TileGrid]) -> Medium:
-        """A picture, or a video whose frames are shown one after the other as pictures."""
-        own = [next(grids) for _ in range(views)]
-        block = [token for grid in own for token in self.image_block(grid)]
-        return Medium(block, 1, len(own) == 1 and own[0].area > 1)
-
-    def _video_views(
-        self, source: Any, is_alone: bool, images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]
-    ) -> Shown:
-        """The sampled frames of one video as the tower is shown them, shrunk one by one as they are decoded."""
+    def _plan_video(self, source: Any, videos_kwargs: dict[str, Any], policy: Any) -> FramePlan:
+        """Which frames to take of one video: as the call asks, of a file by default as the checkpoint was trained."""
         num_frames, fps = videos_kwargs.get("num_frames"), videos_kwargs.get("fps")
         is_file = isinstance(source, (str, bytes, os.PathLike))
         if num_frames is None and fps is None and is_file and videos_kwargs.get("do_sample_frames") is not False:
             num_frames, fps = self.num_video_frames, self.video_fps or None
             if not isinstance(source, bytes) and os.path.isdir(source):
                 fps = None  # pictures have no times
-        max_tiles = videos_kwargs.get("video_max_tiles") or self.video_max_tiles
-        frames = load_frames(source, num_frames, fps)
-        begin = list(islice(frames, 2))
-        if self.video_as_images and is_alone and len(begin) == 1 and max_tiles == 1:
-            return Shown(begin, False)  # the original tiles a single frame like a single picture
-        kwargs = {name: value for name, value in images_kwargs.items() if name != "return_tensors"}
-        is_long = (num_frames or 0) > LONG_VIDEO_FRAMES
-        steps = logging.tqdm(chain(begin, frames), desc="Decoding frames", total=num_frames, disable=not is_long)
-        views = [view for frame in steps for view in self.image_processor.frame_views(frame, max_tiles, **kwargs)]
-        return Shown(views, True)
+        return plan_frames(source, num_frames, fps, policy)
 
-    def _process_frames(self, clips: list[list[Any]], images_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Pixels of encoded videos; their frames are never tiled, only shown as a whole."""
-        frames = [frame for clip in clips for frame in clip]
-        pixels = self.image_processor([frames], **{**images_kwargs, **CUT_ALREADY})["pixel_values"]
-        return {"pixel_values_videos": pixels, "video_grid_thw": np.array([(len(clip), 1, 1) for clip in clips])}
+    def _visual_tokens(self, seen: Seen, images_kwargs: dict[str, Any], max_tiles: int) -> int:
+        """Feature rows of a medium, as far as headers tell; frames that are tiled count as if cut to the utmost."""
+        if isinstance(seen.source, FramePlan) and not self._is_picture(seen, max_tiles):
+            views = seen.source.total * num_tiles(TileGrid(1, max_tiles))
+            pools = self.video_pool_sizes if seen.is_encoded else None
+            return sum(map(math.prod, pooled_frames(views, math.isqrt(self.num_tile_tokens), pools)))
+        if isinstance(seen.source, FramePlan):
+            mode = images_kwargs.get("image_mode") or self.image_processor.image_mode
+            most_tiles = images_kwargs.get("max_tiles") or self.image_processor.max_tiles
+            grid = TileGrid(1, most_tiles if mode in ("dynamic", "dynamic_s2") else 1)
+        else:
+            grid = self.image_processor.tile_grid(upright_size(seen.source), seen.others > 0, **images_kwargs)
+        return num_image_tokens(grid, self.num_tile_tokens, self._dynamic_scales, self.s2_output_scale)
+
+    def _is_picture(self, seen: Seen, max_tiles: int) -> bool:
+        """Whether it is tiled like a picture: the original does that with a single frame that is alone, too."""
+        if not isinstance(seen.source, FramePlan):
+            return True
+        return not seen.is_encoded and seen.others == 0 and seen.source.total == max_tiles == 1
+
+    def _views(self, seen: Seen, images_kwargs: dict[str, Any], max_tiles: int) -> tuple[list[Any], list[TileGrid]]:
+        """What the tower is shown of a medium, and the grids of it; decoded one by one, and shrunk at once."""
+        if self._is_picture(seen, max_tiles):
+            picture = next(seen.source.frames) if isinstance(seen.source, FramePlan) else seen.source
+            views, grid = self.image_processor.picture_views(picture, seen.others > 0, **images_kwargs)
+            return views, [grid]
+        total, frames = seen.source
+        steps = logging.tqdm(frames, desc="Decoding frames", total=total, disable=total <= LONG_VIDEO_FRAMES)
+        cut = partial(self.image_processor.frame_views, max_tiles=max_tiles, **images_kwargs)
+        views = [view for frame in steps for view in cut(frame)]
+        return views, [TileGrid(1, 1)] * len(views)
+
+    def _shown(self, grids: list[TileGrid]) -> Medium:
+        """A picture, or a video whose frames are shown one after the other as pictures."""
+        block = [token for grid in grids for token in self.image_block(grid)]
+        return Medium(block, 1, len(grids) == 1 and grids[0].area > 1)
 
     def video_block(self, num_frames: int) -> list[int]:
         """The ids that replace one video token: every frame that is left after pooling between its start and end ids,

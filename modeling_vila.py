@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import AutoModel, Cache
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -27,6 +27,7 @@ from .encoding_vila import VilaMediaEncoder
 from .generation_vila import VilaGenerationMixin
 from .loss_vila import soft_time_loss
 from .vision_vila import VilaMultiModalProjector, build_vision_tower
+from .weight_loading_vila import VilaCompleteLoading
 from .weight_names_vila import register_weight_names, with_module_names
 
 register_cpu_attention()
@@ -60,7 +61,7 @@ class VilaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: list[torch.Tensor] | None = None
 
 
-class VilaPreTrainedModel(PreTrainedModel):
+class VilaPreTrainedModel(VilaCompleteLoading):
     config: VilaConfig
     config_class = VilaConfig
     base_model_prefix = "model"

@@ -6,12 +6,12 @@
 - Inserted ids have the character offset (0, 0), so that assistant masks cover what the assistant wrote and no picture.
 """
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import logging
@@ -20,6 +20,7 @@ from .chat_vila import (
     Offset,
     break_offsets,
     check_message,
+    check_prompts,
     control_token_pattern,
     escape_breaks,
     map_chats,
@@ -29,7 +30,7 @@ from .chat_vila import (
     without_breaks,
 )
 from .geometry_vila import num_tiles
-from .image_processing_vila import VilaImagesKwargs
+from .image_processing_vila import VilaImagesKwargs, errors_name_options
 from .media_vila import Medium, VilaMediaBlocks
 from .video_processing_vila import VilaVideosKwargs
 
@@ -46,6 +47,18 @@ UNSUPPORTED_TEXT_OPTIONS = (
     "return_token_type_ids",
     "return_length",
 )
+
+
+# of the constructor: type and least value
+NUMBERS: dict[str, tuple[Any, float]] = {
+    "num_tile_tokens": (int, 1),
+    "s2_output_scale": (int, -math.inf),
+    "num_video_frames": (int, 1),
+    "video_fps": ((int, float), 0),
+    "video_max_tiles": (int, 1),
+    "num_time_tokens": (int, 0),
+}
+TEXTS = ("image_start_tokens", "image_end_tokens", "video_start_tokens", "video_end_tokens", "video_sep_tokens")
 
 
 class VilaProcessorKwargs(ProcessingKwargs, total=False):
@@ -81,6 +94,10 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         video_start_tokens, video_end_tokens: text around every frame that is left after pooling.
         video_sep_tokens: text behind every pooling.
         num_time_tokens, time_token_format: the time tokens of models that answer with times, see `decode_times`.
+        media_policy: which sources of media are read and how large they may be: a `MediaPolicy`, `"notebook"`,
+            `"server"` or a dictionary of its fields to change. It is the image processor's, is never saved, and no
+            file of a checkpoint sets it. A pipeline fetches the strings in its argument `images=` by itself, before
+            this processor sees them: only media in chats go through the policy.
     """
 
     valid_processor_kwargs = VilaProcessorKwargs  # type: ignore[assignment]
@@ -107,9 +124,9 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         video_sep_tokens: str | None = None,
         num_time_tokens: int = 0,
         time_token_format: str = "<t{t}>",
+        *,
+        media_policy: Any = None,
     ):
-        if isinstance(num_tile_tokens, bool) or not isinstance(num_tile_tokens, int) or num_tile_tokens < 1:
-            raise ValueError("num_tile_tokens must be a positive whole number")
         self.num_tile_tokens = num_tile_tokens
         self.s2_output_scale = s2_output_scale
         self.image_start_tokens = image_start_tokens
@@ -124,12 +141,29 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         self.video_sep_tokens = video_sep_tokens
         self.num_time_tokens = num_time_tokens
         self.time_token_format = time_token_format
+        check_options(self)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.media_policy = media_policy
         for token in (self.image_token, self.video_token):
             if token not in tokenizer.get_added_vocab():
                 raise ValueError(f"the tokenizer lacks the media token {token!r}: convert the checkpoint first")
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, media_policy: Any = None, **kwargs: Any) -> Any:
+        """`ProcessorMixin.from_pretrained`; the policy is kept from the tokenizer, which would save it."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).media_policy = media_policy
+        return loaded
+
+    @property
+    def media_policy(self) -> Any:
+        return self.image_processor.media_policy
+
+    @media_policy.setter
+    def media_policy(self, change: Any) -> None:
+        self.image_processor.media_policy = change
 
     def __call__(
         self,
@@ -139,6 +173,7 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         *,
         rendered_special_tokens: bool | None = None,
         rendered_by: str | None = None,
+        media_policy: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokenizes prompts, cuts their pictures and samples their videos.
@@ -150,6 +185,7 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
                 list per prompt.
             rendered_special_tokens: overrides `add_special_tokens`; set by `apply_chat_template`.
             rendered_by: the chat template that wrote the text, by default the processor's; set likewise.
+            media_policy: changes the processor's policy for this call.
             kwargs: options of the tokenizer, of `VilaImageProcessor` and of `VilaVideosKwargs`.
 
         Returns:
@@ -159,15 +195,19 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
 
         Raises:
             ValueError: if media and media tokens differ in number, a prompt is no text or has no tokens, an
-                option has the wrong type, or a prompt is truncated inside a picture.
+                option has the wrong type, a medium cannot be read or the policy refuses it, or a prompt is truncated
+                inside a picture.
         """
         if kwargs.pop("audio", None) is not None:
             raise ValueError("this processor takes pictures, videos and text, no audio")
+        if any("media_policy" in (kwargs.get(name) or {}) for name in ("images_kwargs", "videos_kwargs")):
+            raise ValueError("media_policy is one for pictures and videos: pass it directly")
         prompts = check_prompts(text)
         if rendered_special_tokens is None:
             # only `apply_chat_template` puts breaks into a text: here they are characters like others
             prompts = [escape_breaks(prompt) for prompt in prompts]
         merged = self._merge_kwargs(VilaProcessorKwargs, self.tokenizer.init_kwargs, **kwargs)
+        merged["images_kwargs"]["media_policy"] = self.media_policy.changed(media_policy)
         text_kwargs = merged["text_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             text_kwargs.setdefault(name, merged[name])
@@ -193,10 +233,8 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         )
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
-        try:
+        with errors_name_options():
             return super()._merge_kwargs(*args, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(str(error)) from error
 
     def _encode(self, prompt: str, media: list[Medium], add_special_tokens: bool, template: Any) -> EncodedPrompt:
         """One prompt -> its ids, offsets in the prompt as it was typed, and token types."""
@@ -306,6 +344,9 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         Raises:
             ValueError: for an empty chat, an unknown role or content type, or a block with two sources.
         """
+        if kwargs.get("load_audio_from_video"):
+            # it would be fetched outside of the media policy
+            raise ValueError("this processor takes pictures, videos and text, no audio")
         conversation = map_chats(conversation, check_message)
         if kwargs.get("tokenize"):
             processor_kwargs = dict(kwargs.get("processor_kwargs") or {})
@@ -352,22 +393,34 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names, *videos]
 
 
-def check_prompts(text: Any) -> list[str]:
-    """One or several prompts as a list.
+def check_options(processor: VilaProcessor) -> None:
+    """Refuses what a damaged file of a checkpoint may say, before it is computed with.
 
     Raises:
-        ValueError: if they are no strings, there is none, or one is no valid Unicode.
+        ValueError: naming the option.
     """
-    prompts = [text] if isinstance(text, str) else text
-    is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0
-    if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("text must be a string or a non-empty list of strings")
-    for row, prompt in enumerate(prompts):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompt {row} holds half of a surrogate pair, which is no character") from error
-    return list(prompts)
+    for name, (kind, least) in NUMBERS.items():
+        value = getattr(processor, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
+            raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number of at least {least}")
+    for name in TEXTS:
+        if not isinstance(getattr(processor, name), (str, type(None))):
+            raise ValueError(f"{name} must be a text or None")
+    if not isinstance(processor.video_as_images, bool):
+        raise ValueError("video_as_images must be True or False")
+    if not isinstance(processor.time_token_format, str) or processor.time_token_format.count("{t}") != 1:
+        raise ValueError("time_token_format must be a text with one {t}")
+    if processor.video_pool_sizes is not None and not is_pooling(processor.video_pool_sizes):
+        raise ValueError("video_pool_sizes must be None or a list of triples of whole numbers of at least 1")
+
+
+def is_pooling(pools: Any) -> bool:
+    if not isinstance(pools, (list, tuple)) or not pools:
+        return False
+    return all(
+        isinstance(pool, (list, tuple)) and len(pool) == 3 and all(type(n) is int and n >= 1 for n in pool)
+        for pool in pools
+    )
 
 
 __all__ = ["VilaProcessor"]

@@ -7,8 +7,6 @@
 - Frames are yielded one by one, so that a caller can shrink each before the next is decoded.
 """
 
-import base64
-import binascii
 import os
 from bisect import bisect_right
 from collections import Counter
@@ -26,13 +24,15 @@ from transformers.processing_utils import VideosKwargs
 from transformers.utils import logging
 
 from .geometry_vila import sample_frames
-from .image_loading_vila import check_pixels, fetch_url, open_image
+from .image_loading_vila import open_image
+from .media_policy_vila import MediaPolicy
+from .media_sources_vila import open_source
 
 logger = logging.get_logger(__name__)
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_FRAMES = 16384  # that are taken of one video
 FPS_RANGE = (1e-6, 1e3)
+MAX_INT = 2**31 - 1  # of FFmpeg's options
 # by FFmpeg's names; playlists and anything else that refers to other files are left out
 SEEKABLE = {"mp4", "matroska"}
 FORMATS = (
@@ -64,41 +64,62 @@ class Packets(NamedTuple):
     fps: float
 
 
-def load_frames(source: Any, num_frames: int | None = None, fps: float | None = None) -> Iterator[Any]:
-    """Frames of one video, in order; each a PIL picture or one of the arrays that were given.
+class FramePlan(NamedTuple):
+    """What will be taken of one video.
+
+    total: how many frames; fewer come if some cannot be decoded.
+    frames: the frames in order, decoded as they are asked for.
+    """
+
+    total: int
+    frames: Iterator[Any]
+
+
+def load_frames(
+    source: Any, num_frames: int | None = None, fps: float | None = None, policy: Any = None
+) -> Iterator[Any]:
+    """Frames of one video, in order; each a PIL picture or one of the arrays that were given. See `plan_frames`."""
+    return plan_frames(source, num_frames, fps, policy).frames
+
+
+def plan_frames(source: Any, num_frames: int | None = None, fps: float | None = None, policy: Any = None) -> FramePlan:
+    """Looks which frames to take of one video, without decoding any.
 
     Args:
         source: path or URL of a file, its bytes, a data URI, a folder of pictures, a `(frames, H, W, 3)` array or a
             list of pictures.
         num_frames: how many to take, spread evenly over the video; short videos repeat frames. None takes all.
         fps: take that many per second instead, `num_frames` at most. Needs a file.
+        policy: the `MediaPolicy`; by default that of a notebook.
 
     Raises:
-        ValueError: if there is no frame, no video stream, the file is broken or an option makes no sense.
+        ValueError: if there is no frame, no video stream, the file is broken, an option makes no sense, or the policy
+            refuses the source, the size of its frames or their number.
     """
+    policy = policy or MediaPolicy()
     if num_frames is not None:
         if num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, got {num_frames}")
-        check_count(num_frames, "the given video")
+        policy.check_frames(num_frames, "the given video")
     if fps and not FPS_RANGE[0] <= fps <= FPS_RANGE[1]:
         raise ValueError(f"fps must be 0 or {FPS_RANGE[0]:f} to {FPS_RANGE[1]:.0f} frames per second, got {fps}")
-    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
-        files = sorted(path for path in Path(os.fsdecode(source)).iterdir() if path.suffix.lower() in FRAME_SUFFIXES)
-        return choose(files, num_frames, fps, f"the folder {os.path.basename(os.path.abspath(source))!r}")
-    if isinstance(source, (str, bytes, os.PathLike)):
-        return decode_frames(open_video(source), num_frames, fps)
-    return choose(source, num_frames, fps, "the given video")
+    if not isinstance(source, (str, bytes, os.PathLike)):
+        return choose(source, num_frames, fps, "the given video", policy)
+    if folder := frame_folder(source, policy):
+        files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in FRAME_SUFFIXES)
+        return choose(files, num_frames, fps, f"the folder {os.path.basename(folder)!r}", policy)
+    content, name = open_source(source, "video", policy)
+    return plan_file(BytesIO(content) if isinstance(content, bytes) else content, name, num_frames, fps, policy)
 
 
-def check_count(frames: int, name: str) -> None:
-    if frames > MAX_FRAMES:
-        raise ValueError(
-            f"{frames} or more frames are asked of {name}, more than the limit MAX_FRAMES={MAX_FRAMES} of the video "
-            "processing module: pass a smaller num_frames or fps, or raise the limit"
-        )
+def frame_folder(source: str | bytes | os.PathLike, policy: Any) -> str | None:
+    """The folder of pictures that a source names, if it is one that the policy allows."""
+    if isinstance(source, bytes) or not policy.may_read(path := os.fsdecode(source)):
+        return None
+    return policy.readable_folder(path)
 
 
-def choose(frames: Any, num_frames: int | None, fps: float | None, name: str) -> Iterator[Any]:
+def choose(frames: Any, num_frames: int | None, fps: float | None, name: str, policy: Any) -> FramePlan:
     """Frames of a sequence that has no times: arrays, pictures, or paths of pictures."""
     if isinstance(frames, (Image.Image, dict)) or not hasattr(frames, "__len__"):
         raise ValueError("a video must be a file, a folder, an array or a list of pictures")
@@ -111,10 +132,17 @@ def choose(frames: Any, num_frames: int | None, fps: float | None, name: str) ->
         raise ValueError(f"{name} holds no frames")
     if fps:
         raise ValueError(f"{name} has no frame rate: pass num_frames instead of fps")
-    check_count(num_frames or len(frames), name)
+    policy.check_frames(num_frames or len(frames), name)
     indices = range(len(frames)) if num_frames is None else sample_frames(len(frames), num_frames)
-    to_frame = open_image if isinstance(frames[0], (str, bytes, os.PathLike)) else level_of(frames)
-    return (to_frame(frames[index]) for index in indices)
+    is_source = isinstance(frames[0], (str, bytes, os.PathLike))
+    level = level_of(frames)
+    return FramePlan(
+        len(indices),
+        (
+            open_image(frames[index], policy).to_image(policy) if is_source else level(frames[index])
+            for index in indices
+        ),
+    )
 
 
 def level_of(frames: Any) -> Callable[[Any], Any]:
@@ -134,44 +162,30 @@ def level_of(frames: Any) -> Callable[[Any], Any]:
     return lambda frame: (np.rint(frame) if kind == "f" else frame // 257).astype(np.uint8)
 
 
-def open_video(source: str | bytes | os.PathLike) -> str | BytesIO:
-    """What PyAV opens: a path, or the bytes of a URL, a data URI or the caller.
-
-    Raises:
-        ValueError: if the file does not exist or the data URI is none.
-    """
-    if isinstance(source, bytes):
-        return BytesIO(source)
-    text = os.fsdecode(source)
-    if text.startswith(("http://", "https://")):
-        return BytesIO(fetch_url(text))
-    if text.startswith("data:"):
-        header, _, payload = text.partition(",")
-        if not header.startswith("data:video/") or not header.endswith(";base64"):
-            raise ValueError("a data URI must be of the form data:video/<type>;base64,<data>")
-        try:
-            return BytesIO(base64.b64decode(payload, validate=True))
-        except binascii.Error as error:
-            raise ValueError("the given data URI is not valid base64") from error
-    if len(text) < 4096 and os.path.isfile(text):
-        return os.path.abspath(text)  # a relative name may look like one of FFmpeg's protocols
-    # only what has the suffix of a file name is shown: the rest may be somebody's data
-    is_name = isinstance(source, os.PathLike) or (len(text) <= 200 and os.path.splitext(text)[1])
-    raise ValueError("not an http(s) URL or an existing video file" + (f": {text!r}" if is_name else ""))
-
-
-def decode_frames(file: str | BytesIO, num_frames: int | None, fps: float | None) -> Iterator[Image.Image]:
-    """The sampled frames of a file; frames that cannot be decoded are left out, with a warning."""
-    name = f"the video {os.path.basename(file)!r}" if isinstance(file, str) else "the given video"
+def plan_file(file: str | BytesIO, name: str, num_frames: int | None, fps: float | None, policy: Any) -> FramePlan:
+    """Which frames to take of a file; those that cannot be decoded are left out later, with a warning."""
     try:
-        packets = scan_packets(file, name)
-        total = len(packets.times)
-        most = num_frames or (MAX_FRAMES + 1 if fps else total)
-        indices = sample_frames(total, most, fps or 0.0, packets.fps)
-        check_count(len(indices), name)
-        repeats, missing = Counter(indices), len(indices)
-        for index, frame in frames_at(file, packets, sorted(repeats)):
-            check_pixels(frame.width, frame.height, f"decoding {name}")
+        packets = scan_packets(file, name, policy)
+    except av.FFmpegError as error:
+        raise ValueError(f"{name} is broken or no video") from error
+    total = len(packets.times)
+    most = num_frames or (policy.max_frames + 1 if fps else total)
+    indices = sample_frames(total, most, fps or 0.0, packets.fps)
+    policy.check_frames(len(indices), name)
+    if fps and len(sample_frames(total, len(indices) + 1, fps, packets.fps)) > len(indices):
+        seconds = len(indices) / fps
+        logger.warning(f"{name} is seen up to second {seconds:g} only: at fps={fps:g}, num_frames={most} end there")
+    return FramePlan(len(indices), decode_frames(file, name, packets, indices, policy))
+
+
+def decode_frames(
+    file: str | BytesIO, name: str, packets: Packets, indices: list[int], policy: Any
+) -> Iterator[Image.Image]:
+    """The frames of a file at ascending indices, which may repeat."""
+    repeats, missing = Counter(indices), len(indices)
+    try:
+        for index, frame in frames_at(file, packets, sorted(repeats), policy):
+            policy.check_pixels(frame.width, frame.height, f"decoding {name}")
             picture = frame.to_image()
             if frame.rotation:
                 picture = picture.rotate(frame.rotation, expand=True)
@@ -186,28 +200,34 @@ def decode_frames(file: str | BytesIO, num_frames: int | None, fps: float | None
         logger.warning(f"{missing} of {len(indices)} frames of {name} cannot be decoded and are left out")
 
 
-def video_duration(source: str | bytes | os.PathLike) -> float | None:
+def video_duration(source: str | bytes | os.PathLike, policy: Any = None) -> float | None:
     """Seconds of a video that `load_frames` opens; None if it has no frame rate, as a folder of pictures.
 
     Raises:
-        ValueError: if it is broken or no video.
+        ValueError: if it is broken or no video, or the policy refuses it.
     """
-    if not isinstance(source, bytes) and os.path.isdir(source):
+    policy = policy or MediaPolicy()
+    if frame_folder(source, policy):
         return None
-    file = open_video(source)
-    name = f"the video {os.path.basename(file)!r}" if isinstance(file, str) else "the given video"
+    content, name = open_source(source, "video", policy)
     try:
-        packets = scan_packets(file, name)
+        packets = scan_packets(BytesIO(content) if isinstance(content, bytes) else content, name, policy)
     except av.FFmpegError as error:
         raise ValueError(f"{name} is broken or no video") from error
     return len(packets.times) / packets.fps if packets.fps else None
 
 
-def open_container(file: str | BytesIO) -> Any:
+def open_container(file: str | BytesIO, policy: Any) -> Any:
     if isinstance(file, BytesIO):
         file.seek(0)
     # a playlist would make FFmpeg read other files or URLs
-    return av.open(file, options={"format_whitelist": FORMATS}, metadata_errors="replace")
+    options = {"format_whitelist": FORMATS, **decoder_limits(policy)}
+    return av.open(file, options=options, metadata_errors="replace")
+
+
+def decoder_limits(policy: Any) -> dict[str, str]:
+    """Keeps FFmpeg from allocating a frame that has grown in the middle of a stream; it rounds sizes up."""
+    return {"max_pixels": str(min(2 * policy.max_pixels, MAX_INT))}
 
 
 def video_streams(container: Any) -> list[Any]:
@@ -215,19 +235,19 @@ def video_streams(container: Any) -> list[Any]:
     return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
-def scan_packets(file: str | BytesIO, name: str) -> Packets:
+def scan_packets(file: str | BytesIO, name: str, policy: Any) -> Packets:
     """Reads a file's packets without decoding them.
 
     Raises:
         ValueError: if there is no video stream or no frame in it, or frames are too large.
     """
-    with open_container(file) as container:
+    with open_container(file, policy) as container:
         if not (streams := video_streams(container)):
             raise ValueError(f"{name} has no video stream")
         stream = streams[0]
         if stream.codec_context is None:
             raise ValueError(f"{name} has an unknown codec")
-        check_pixels(stream.width, stream.height, f"decoding {name}")
+        policy.check_pixels(stream.width, stream.height, f"decoding {name}")
         found = [
             (packet.pts, packet.is_keyframe)
             for packet in read_packets(container, stream)
@@ -246,12 +266,13 @@ def scan_packets(file: str | BytesIO, name: str) -> Packets:
         return Packets(times, keys, float(stream.average_rate or 0))
 
 
-def frames_at(file: str | BytesIO, packets: Packets, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def frames_at(file: str | BytesIO, packets: Packets, indices: Sequence[int], policy: Any) -> Iterator[tuple[int, Any]]:
     """Index and decoded frame at ascending indices, less those that cannot be decoded."""
     numbers = {time: index for index, time in enumerate(packets.times) if time is not None}
-    with open_container(file) as container:
+    with open_container(file, policy) as container:
         stream = video_streams(container)[0]
         stream.thread_type = "AUTO"
+        stream.codec_context.options = decoder_limits(policy)
         frames, position = decode_all(container, stream), -1
         for done, index in enumerate(indices):
             key = packets.keys[bisect_right(packets.keys, index) - 1]
@@ -266,7 +287,7 @@ def frames_at(file: str | BytesIO, packets: Packets, indices: Sequence[int]) -> 
                 position = len(numbers) if frame is None else numbers.get(frame.pts, position + 1)
                 if must_seek and position > key:
                     # the file's index points elsewhere: one pass from the start finds what is there
-                    yield from frames_at(file, packets._replace(keys=[0]), indices[done:])
+                    yield from frames_at(file, packets._replace(keys=[0]), indices[done:], policy)
                     return
                 must_seek = False
             if position == index:

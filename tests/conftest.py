@@ -3,7 +3,9 @@
 import copy
 import json
 import os
+import threading
 from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -85,3 +87,43 @@ def photos() -> list[Path]:
     if not MEDIA.is_dir():
         pytest.skip(f"no photos: {MEDIA} is absent (set $VILA_MEDIA)")
     return sorted(path for path in MEDIA.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".webp"))
+
+
+class LoopbackServer:
+    """A loopback server; `answers` maps paths to `(status, headers, body)`, `content` is any other's body."""
+
+    def __init__(self):
+        self.answers, self.requests, self.content = {}, [], b""
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests.append((self.path, dict(self.headers)))
+                status, headers, body = outer.answers.get(self.path, (200, {}, outer.content))
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.http.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    @property
+    def asked(self):
+        return [path for path, _ in self.requests]
+
+
+@pytest.fixture
+def loopback():
+    server = LoopbackServer()
+    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.http.shutdown()
+    thread.join()
+    server.http.server_close()

@@ -280,6 +280,13 @@ def test_messages_of_the_caller_are_not_changed(processor):
     assert options == {"text_kwargs": {"padding": True}, "add_special_tokens": True}
 
 
+@pytest.mark.parametrize("text", ["a\0b", "\0", "\x01\x7f\x1b[2J", "\ufeffa", "\u202eabc", "\u200d"])
+def test_control_characters_are_text(text, processor):
+    ids = ids_of(processor, user(f"before {text} behind"))
+    assert control_counts(processor, ids) == control_counts(processor, ids_of(processor, user("before x behind")))
+    assert f"before {text} behind" in processor.decode(ids)
+
+
 def test_an_empty_message_is_legal(processor):
     assert ids_of(processor, user(""), add_generation_prompt=True)
     assert ids_of(processor, user([]), add_generation_prompt=True) == ids_of(

@@ -118,6 +118,16 @@ NONSENSE = [
     ("text_config", {"text_config": {"model_type": "siglip_vision_model"}}),
     ("text_config", {"text_config": {"model_type": "vila"}}),
     ("tie_word_embeddings", {"tie_word_embeddings": "no"}),
+    # what a damaged file may ask for, and nobody can build
+    ("text_config.num_hidden_layers", qwen(num_hidden_layers=10**9)),
+    ("num_hidden_layers", qwen(num_hidden_layers="2")),
+    ("vision_config.num_hidden_layers", siglip(num_hidden_layers=10**6)),
+    ("text_config.hidden_size", qwen(hidden_size=2**40)),
+    ("text_config.vocab_size", qwen(vocab_size=10**30)),
+    ("vision_config.image_size", siglip(image_size=10**9)),
+    ("vision_config.intermediate_size", siglip(intermediate_size=10**9)),
+    ("image_token_id", {"image_token_id": 2**70}),
+    ("s2_scales", {"s2_scales": [224, 10**9], "dynamic_s2": True}),
     ("original_options", {"original_options": 3}),
 ]
 

@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
     TextStreamer,
 )
+from transformers.generation.streamers import BaseStreamer
 from vila.modeling_vila import VilaForConditionalGeneration
 
 NEW_TOKENS = 8
@@ -333,6 +334,93 @@ def test_prefill_computes_logits_of_the_last_position_only(loaded):
     case.generate(case.encode(TWO))
     hook.remove()
     assert positions == [1] * NEW_TOKENS
+
+
+class Hangup(Exception):
+    pass
+
+
+class HangUpAfter(BaseStreamer):
+    """A listener that goes away in the middle of the answer."""
+
+    def __init__(self, tokens):
+        self.left = tokens
+
+    def put(self, value):
+        self.left -= 1
+        if self.left < 0:
+            raise Hangup
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS[:2])
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_an_interrupted_answer_changes_no_later_one(loaded, checkpoint, tokens):
+    case = loaded(checkpoint)
+    inputs = case.encode(ONE)
+    expected, text = case.logits(inputs), case.logits(case.encode(TEXT))
+    with pytest.raises(Hangup):
+        case.generate(inputs, streamer=HangUpAfter(tokens))
+    assert_same(case.logits(case.encode(TEXT)), text)
+    assert_same(case.logits(inputs), expected)
+
+
+@pytest.fixture
+def context(loaded):
+    """`context(length)`: a model whose language model was made for so many tokens."""
+    case = loaded("nvila_lite_image")
+    config = case.model.config.text_config
+    kept = config.max_position_embeddings
+
+    def limit(length):
+        config.max_position_embeddings = length
+        return case
+
+    yield limit
+    config.max_position_embeddings = kept
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_any_work(context):
+    case = context(4096)
+    inputs = case.encode(MIXED)
+    longest = inputs["input_ids"].shape[1]
+    context(longest)
+    assert case.generate(inputs).shape == (3, NEW_TOKENS)
+    context(longest - 1)
+    case.tiles.clear()
+    for given in (inputs, {"inputs_embeds": torch.zeros(1, longest, case.model.config.text_config.hidden_size)}):
+        with pytest.raises(ValueError, match=f"has {longest} tokens, more than the {longest - 1} of .* context"):
+            case.model.generate(**given, **GREEDY)
+    assert case.tiles == []
+    assert case.generate(case.encode(TEXT)).shape == (1, NEW_TOKENS)
+
+
+def test_padding_and_a_scaled_rope_do_not_count_against_the_context(context, monkeypatch):
+    case = context(4096)
+    inputs = case.encode(ONE)
+    expected, length = case.logits(inputs), inputs["input_ids"].shape[1]
+    context(length)
+    padded = {**inputs} | {name: F.pad(inputs[name], (9, 0)) for name in ("input_ids", "attention_mask")}
+    assert_same(case.logits(padded), expected)
+    context(length - 1)
+    monkeypatch.setitem(case.model.config.text_config.rope_parameters, "rope_type", "linear")
+    assert_same(case.logits(inputs), expected)
+
+
+def test_a_continued_chat_counts_what_the_cache_holds(context):
+    case = context(4096)
+    first, second = CONTINUATIONS["new text"]
+    cache = dynamic_cache(case)
+    answer(case, case.encode(first), "It is blue", cache)
+    whole = case.encode([*first, said("It is blue"), *second])
+    length = whole["input_ids"].shape[1]
+    context(length - 1)
+    new_turn = {**whole, "input_ids": whole["input_ids"][:, cache.get_seq_length() :]}
+    for inputs in (whole, new_turn):
+        with pytest.raises(ValueError, match=f"has {length} tokens"):
+            case.generate(inputs, past_key_values=cache)
 
 
 # ---- batches

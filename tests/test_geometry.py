@@ -25,6 +25,7 @@ from vila.geometry_vila import (
     num_tiles,
     output_blocks,
     patches_per_side,
+    pooled_frames,
     scale_splits,
     square_padding,
     tile_boxes,
@@ -191,6 +192,18 @@ def test_image_tokens_equal_what_the_model_gives(projector_type):
     config = tiny_config(image_size=14, projector_type=projector_type)
     grids = [TileGrid(1, 1), TileGrid(2, 3), TileGrid(5, 1)]
     assert feature_rows(config, grids) == [num_image_tokens(grid, config.num_tile_tokens) for grid in grids]
+
+
+pool_sizes = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=3)
+
+
+@given(st.integers(1, 200), st.integers(1, 16), st.none() | pool_sizes)
+def test_pooled_frames_are_the_groups_that_cover_all_frames_and_cells(frames, side, pools):
+    def groups(length, size):
+        return len({index // size for index in range(length)})
+
+    expected = [(groups(frames, t), groups(side, rows) * groups(side, cols)) for t, rows, cols in pools or [(1, 1, 1)]]
+    assert pooled_frames(frames, side, pools) == expected
 
 
 @pytest.mark.parametrize("output_scale", range(-NUM_SCALES, NUM_SCALES))

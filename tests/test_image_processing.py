@@ -5,6 +5,7 @@ import functools
 import http.server
 import io
 import itertools
+import json
 import os
 import re
 import struct
@@ -357,16 +358,45 @@ def test_picture_is_turned_as_its_exif_orientation_says(orientation):
     assert np.array_equal(seen(file_bytes(picture(), exif=exif.tobytes())), np.asarray(turned))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_size_in_the_header_is_that_of_the_upright_picture(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = small_processor().fetch_images(file_bytes(picture(), kind, exif=exif.tobytes()))
+    shape = small_processor().process_image(encoded)
+    assert (encoded.width, encoded.height) == shape.size == ((31, 45) if orientation > 4 else (45, 31))
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"])
 def test_broken_exif_does_not_hide_the_picture(exif):
     assert seen(file_bytes(picture(), "JPEG", exif=exif)).shape == (31, 45, 3)
 
 
-def test_animation_is_its_first_frame():
+@pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})])
+def test_animation_is_its_first_frame(kind, options):
     frames = [Image.new("RGB", (4, 3), color) for color in ("red", "green", "blue")]
-    data = file_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    data = file_bytes(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert np.array_equal(seen(data), np.asarray(frames[0]))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_fully_transparent_picture_is_its_background(mode):
+    image = Image.new("RGBA", (5, 4), (9, 8, 7, 0)).convert(mode)
+    if mode == "P":
+        image = with_transparency(Image.new("P", (5, 4)), 0)
+    assert np.unique(seen(image, background_color=[1, 2, 3]).reshape(-1, 3), axis=0).tolist() == [[1, 2, 3]]
+    assert seen(image).shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize("to_source", [lambda image: image, np.asarray, file_bytes], ids=["picture", "array", "bytes"])
+def test_the_same_object_twice_is_two_pictures(to_source):
+    image = picture()
+    source = to_source(image)
+    data = small_processor(image_mode="dynamic")([source, source])
+    assert np.array_equal(data["pixel_values"][0], data["pixel_values"][1]) and len(data["pixel_values"]) == 2
+    assert np.array_equal(np.asarray(image), noise())
 
 
 # arrays
@@ -640,9 +670,10 @@ def test_decompression_bomb_is_refused_before_it_is_decoded(source, height, monk
 
 
 def test_picture_at_the_pixel_limit_is_read():
-    assert np.array_equal(seen(file_bytes(picture()), max_pixels=45 * 31), noise())
+    policy = {"max_pixels": 45 * 31}
+    assert np.array_equal(seen(file_bytes(picture()), media_policy=policy), noise())
     with pytest.raises(ValueError, match="max_pixels=1395"):
-        seen(file_bytes(picture(46, 31)), max_pixels=45 * 31)
+        seen(file_bytes(picture(46, 31)), media_policy=policy)
 
 
 def test_the_picture_that_engines_plan_with_is_read():
@@ -676,7 +707,7 @@ OWN_OPTIONS = {
     "s2_scales": ([SIDE, 2 * SIDE], {"image_mode": "dynamic_s2"}),
     "tile_multiple_images": (True, {"image_mode": "dynamic"}),
     "background_color": ([10, 20, 30], {}),
-    "max_pixels": (1, {}),
+    "media_policy": ({"max_pixels": 1}, {}),
 }
 INHERITED_OPTIONS = {
     "size": ({"height": 8, "width": 8}, {}),
@@ -700,7 +731,7 @@ def test_every_option_of_our_own_is_tried():
     assert set(OWN_OPTIONS) == set(VilaImagesKwargs.__annotations__) - set(ImagesKwargs.__annotations__)
 
 
-@pytest.mark.parametrize("name", sorted((OWN_OPTIONS | INHERITED_OPTIONS).keys() - {"max_pixels"}))
+@pytest.mark.parametrize("name", sorted((OWN_OPTIONS | INHERITED_OPTIONS).keys() - {"media_policy"}))
 def test_option_has_the_same_effect_at_call_time_as_in_the_constructor(name):
     value, others = (OWN_OPTIONS | INHERITED_OPTIONS)[name]
     images = transparent_pair() if name == "tile_multiple_images" else transparent_pair()[0]
@@ -727,6 +758,11 @@ def test_tensors_are_of_the_kind_asked_for(kind, container):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"max_tiles": "12"}, "max_tiles"),
+        ({"min_tiles": object()}, "min_tiles"),
+        ({"background_color": 7}, "background_color"),
+        ({"tile_multiple_images": "SECRET"}, "tile_multiple_images"),
+        ({"media_policy": "SECRET"}, "media_policy"),
         ({"image_mode": "dynamic", "min_tiles": 0}, "min_tiles"),
         ({"image_mode": "dynamic", "max_tiles": -1}, "max_tiles"),
         ({"image_mode": "dynamic", "max_tiles": 10**9}, "max_tiles"),
@@ -757,6 +793,17 @@ def test_bad_option_is_refused_by_name(options, match):
     assert_rejects(picture(), match, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tiles": "12"}, {"s2_scales": "448"}, {"image_mode": ["dynamic"]}, {"background_color": 7}],
+    ids=str,
+)
+def test_an_option_of_the_wrong_type_in_a_file_is_refused_by_name(options, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(options))
+    with pytest.raises(ValueError, match=next(iter(options))):
+        VilaImageProcessor.from_pretrained(tmp_path)
+
+
 def test_unknown_image_mode_is_refused_by_name():
     with pytest.raises(ValueError, match="image_mode"):
         small_processor(image_mode="squeeze")(picture())
@@ -783,10 +830,10 @@ def test_a_url_is_fetched_and_its_failure_is_a_value_error(tmp_path):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_address[1]}"
-        assert np.array_equal(seen(f"{address}/picture.png"), seen(tmp_path / "picture.png"))
+        address, policy = f"http://127.0.0.1:{server.server_address[1]}", {"private_addresses": True}
+        assert np.array_equal(seen(f"{address}/picture.png", media_policy=policy), seen(tmp_path / "picture.png"))
         with pytest.raises(ValueError, match="could not be fetched"):
-            seen(f"{address}/missing.png")
+            seen(f"{address}/missing.png", media_policy=policy)
         server.shutdown()
     with pytest.raises(ValueError, match="could not be fetched"):
-        seen(f"{address}/picture.png")
+        seen(f"{address}/picture.png", media_policy=policy)

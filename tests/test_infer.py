@@ -27,6 +27,7 @@ from vila.video_processing_vila import video_duration
 
 CASE = GoldenCase(COMMITTED_GOLDENS / "vila" / "nvila_lite_image")
 PICTURE = str(CASE.folder / "input.png")
+LOOPBACK = ["--media-policy", '{"private_addresses": true}']
 QUESTION = "Please describe the image."
 SCHEMA = {
     "type": "object",
@@ -223,7 +224,7 @@ def test_urls_are_fetched_once_whatever_their_names(path, local, web, lite, clip
     address, asked = web
     block = {"type": "image", "path": PICTURE} if local == "picture" else {"type": "video", "path": clip}
     expected = by_hand(lite, [block, {"type": "text", "text": QUESTION}])
-    out = infer(capsys, "-m", lite, "--text", QUESTION, "--media", f"{address}/{path}").out
+    out = infer(capsys, "-m", lite, "--text", QUESTION, "--media", f"{address}/{path}", *LOOPBACK).out
     assert out == expected.strip() + "\n"
     assert len(asked) == 1
 
@@ -311,7 +312,7 @@ def test_times_are_shown_as_seconds_while_they_stream(lite, clip, frames, web, t
     seconds, tokens = "from <0.5> to <3.0>, then <1.1>\n", "from <t5> to <t30>, then <t11>\n"
     assert video_duration(clip) == 3.0
     assert infer(capsys, "-m", timed, "--media", PICTURE, clip).out == seconds
-    assert infer(capsys, "-m", timed, "--media", f"{web[0]}/clip.mp4").out == seconds
+    assert infer(capsys, "-m", timed, "--media", f"{web[0]}/clip.mp4", *LOOPBACK).out == seconds
     assert web[1] == ["/clip.mp4"]
     assert infer(capsys, "-m", timed, "--text", "no video").out == tokens
     for media in ([clip, clip], [frames]):
@@ -533,9 +534,10 @@ def test_json_that_is_cut_is_an_error(lite, tmp_path, capsys):
         (["-m", "LITE", "--media", "TMP/broken.png"], "'broken.png' holds no picture"),
         (["-m", "LITE", "--media", "TMP/broken.mp4"], "video 0: the video 'broken.mp4' is broken or no video"),
         (["-m", "LITE", "--media", "TMP/empty"], "holds no frames"),
-        (["-m", "LITE", "--media", "http://127.0.0.1:9/a.png"], "could not be fetched"),
-        (["-m", "LITE", "--media", "http://127.0.0.1:9/a.mp4"], "could not be fetched"),
-        (["-m", "LITE", "--media", "http://127.0.0.1:9/a"], "could not be fetched"),
+        (["-m", "LITE", "--media", "http://127.0.0.1:9/a.png"], "private, loopback or otherwise reserved address"),
+        (["-m", "LITE", "--media", "http://127.0.0.1:9/a.png", *LOOPBACK], "could not be fetched"),
+        (["-m", "LITE", "--media", "http://127.0.0.1:9/a.mp4", *LOOPBACK], "could not be fetched"),
+        (["-m", "LITE", "--media", "http://127.0.0.1:9/a", *LOOPBACK], "could not be fetched"),
         (["-m", "LITE", "--text", "x", "--json-schema", "no.json"], "no.json"),
         (["-m", "LITE", "--text", "x", "--json-schema", "no.py"], "no.py does not exist"),
         (["-m", "LITE", "--text", "x", "--json-schema", "TMP/notes.txt"], "is no valid JSON"),
@@ -567,8 +569,8 @@ def test_failures_are_one_line(arguments, message, lite, tmp_path, capsys):
 
 
 def test_pages_and_missing_files_of_a_server(web, lite, capsys):
-    assert "broken or no video" in fails(capsys, "-m", lite, "--media", f"{web[0]}/page")
-    assert "could not be fetched" in fails(capsys, "-m", lite, "--media", f"{web[0]}/missing.png")
+    assert "broken or no video" in fails(capsys, "-m", lite, "--media", f"{web[0]}/page", *LOOPBACK)
+    assert "could not be fetched" in fails(capsys, "-m", lite, "--media", f"{web[0]}/missing.png", *LOOPBACK)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])

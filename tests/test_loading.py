@@ -55,10 +55,21 @@ inputs = processor.apply_chat_template(
 new_ids = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :].tolist()
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True, dtype="float32")
 answer = pipe(text=chat, max_new_tokens=16, return_full_text=False)[0]["generated_text"]
+strict = AutoProcessor.from_pretrained(folder, trust_remote_code=True, media_policy="server")
+strict.media_policy = strict.media_policy.server(max_media=1)
+try:
+    refused = strict.apply_chat_template(chat, tokenize=True, return_dict=True) and ""
+except ValueError as error:
+    refused = str(error)
+again = strict.apply_chat_template(
+    chat, tokenize=True, return_dict=True, processor_kwargs={"media_policy": processor.media_policy}
+)
+assert again["input_ids"][0] == inputs["input_ids"][0, : len(again["input_ids"][0])].tolist()
 if len(sys.argv) > 3:
     model.save_pretrained(sys.argv[3])
     processor.save_pretrained(sys.argv[3])
-json.dump({"loaded": loaded, "ids": new_ids, "answer": answer, "module": type(model).__module__}, sys.stdout)
+module = type(model).__module__
+json.dump({"loaded": loaded, "ids": new_ids, "answer": answer, "module": module, "refused": refused}, sys.stdout)
 """
 
 
@@ -84,6 +95,7 @@ def test_remote_code_answers_without_the_package_and_so_does_what_it_saves(conve
     assert {v[0] for v in first["loaded"].values()} == {"VilaForConditionalGeneration"}
     assert first["ids"] == CASE.golden["greedy_ids"]
     assert first["answer"] == CASE.golden["greedy_text"]
+    assert first["refused"].startswith("prompt 0: picture 0: files are not read here")
     assert "warning" not in log.lower()
 
     again, _ = run_without_package(LOAD_AND_ANSWER, saved, cache=tmp_path)

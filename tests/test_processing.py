@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import logging
 import pickle
 from functools import cache
@@ -9,6 +10,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from transformers.processing_utils import MultiModalData
@@ -397,6 +400,17 @@ def test_token_types_and_planned_counts_agree(sizes, case):
     assert (out["input_ids"][0][~types] != processor.image_token_id).all()
 
 
+@settings(max_examples=40, deadline=None, database=None)
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=3), st.integers(1, 12))
+def test_planned_counts_are_those_of_the_pictures_really_cut(qwen, sizes, max_tiles):
+    pictures = [Image.new("L", (width, height)) for height, width in sizes]
+    options = {"max_tiles": max_tiles, "tile_multiple_images": True}
+    plan = qwen._get_num_multimodal_tokens(image_sizes=sizes, **options)
+    out = qwen(text=qwen.image_token * len(sizes) + "a", images=pictures, return_mm_token_type_ids=True, **options)
+    assert sum(out["mm_token_type_ids"][0]) == sum(plan["num_image_tokens"])
+    assert len(out["pixel_values"]) == sum(plan["num_image_patches"])
+
+
 def test_no_sizes_plan_nothing(qwen):
     assert qwen._get_num_multimodal_tokens() == MultiModalData()
     assert qwen._get_num_multimodal_tokens(image_sizes=[])["num_image_tokens"] == []
@@ -584,6 +598,50 @@ def test_a_tokenizer_without_media_tokens_is_refused(llama):
 def test_nonsense_tile_tokens_are_refused(value, llama):
     with pytest.raises(ValueError, match="num_tile_tokens"):
         VilaProcessor(VilaImageProcessor(), llama.tokenizer, num_tile_tokens=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, value)
+            for name in ("num_video_frames", "video_max_tiles")
+            for value in (0, -1, "8", 2.5, None, True)
+        ),
+        *(("video_fps", value) for value in (-1.0, float("nan"), float("inf"), "2", None)),
+        *(("num_time_tokens", value) for value in (-1, "9", 1.5)),
+        *(("s2_output_scale", value) for value in ("0", 1.5, None)),
+        *(("video_as_images", value) for value in ("yes", 1, None)),
+        *(("time_token_format", value) for value in ("<t>", "{t}{t}", 5, None)),
+        *(("video_pool_sizes", value) for value in ([[1, 1]], [[0, 1, 1]], [["1", 1, 1]], [[1, 1, 1.5]], "8", 5, {})),
+        ("image_end_tokens", 5),
+        ("video_sep_tokens", ["x"]),
+    ],
+    ids=str,
+)
+def test_nonsense_in_the_files_of_a_checkpoint_is_refused_by_name(name, value, qwen, tmp_path):
+    qwen.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "processor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps({**content, name: value}))
+    with pytest.raises(ValueError, match=name):
+        VilaProcessor.from_pretrained(tmp_path)
+
+
+def test_an_enormous_number_of_tile_tokens_is_refused_before_ids_are_made(qwen):
+    processor = copy.copy(qwen)
+    processor.num_tile_tokens = 10**9
+    with pytest.raises(ValueError, match="max_visual_tokens"):
+        processor(text="<image>", images=WIDE)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 1, 0]], ids=str)
+def test_an_error_names_the_prompt_of_a_batch(rows, qwen):
+    """Prompts without media count too, and only the broken one is to blame."""
+    chats = [[user("hello")], [user(image(), "a")], [user(image(WIDE), image(np.zeros((2, 2, 5))), "b")]]
+    with pytest.raises(
+        ValueError, match=f"^prompt {rows.index(2)}: picture 1: a picture must have 1, 3 or 4 channels"
+    ):
+        encode(qwen, [chats[row] for row in rows])
 
 
 @pytest.mark.parametrize(("option", "value"), [("colour", "red"), ("return_special_tokens_mask", True)])

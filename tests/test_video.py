@@ -335,7 +335,7 @@ def test_the_checkpoint_says_how_many_frames_a_file_gives(case, tmp_path):
 def test_a_broken_video_is_named_and_the_processor_goes_on(case, way, tmp_path):
     loaded = case(**WAYS[way])
     (tmp_path / "broken.mp4").write_text("no video")
-    with pytest.raises(ValueError, match=r"video 1: the video 'broken.mp4' is broken"):
+    with pytest.raises(ValueError, match=r"^prompt 1: video 0: the video 'broken.mp4' is broken"):
         encode(loaded, [VIDEO, [user(tmp_path / "broken.mp4", "What?")]])
     assert len(encode(loaded, VIDEO)["input_ids"]) == 1
 

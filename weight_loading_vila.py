@@ -1,0 +1,72 @@
+"""Loading weights: all that the model needs or an error, and from safetensors only."""
+
+import re
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+PICKLES = ("*.bin", "*.pt", "*.pth")
+
+# whether the caller of `from_pretrained` accepts weights of another shape
+accepts_mismatch: ContextVar[bool] = ContextVar("accepts_mismatch", default=False)
+
+
+class VilaCompleteLoading(PreTrainedModel):
+    """`from_pretrained` without its way to make up weights that the checkpoint lacks."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Any,
+        *args: Any,
+        use_safetensors: bool | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers. Weights that the model has no place for are reported, and left out.
+
+        Raises:
+            ValueError: naming a weight that is missing (unless the class lists it in
+                `_keys_to_ignore_on_load_missing`) or, unless `ignore_mismatched_sizes`, of another shape; if a file is
+                damaged, or there are only pickle files, which are never read.
+        """
+        if use_safetensors is False:
+            raise ValueError("weights are read from safetensors files only: a pickle file can run any code")
+        token = accepts_mismatch.set(ignore_mismatched_sizes)
+        try:
+            # otherwise transformers' own error replaces the one that names the weight
+            return super().from_pretrained(source, *args, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError("a weight file of the checkpoint is damaged: no readable safetensors file") from error
+        except OSError as error:
+            if source is not None and holds_only_pickles(Path(source) / kwargs.get("subfolder", "")):
+                raise ValueError(
+                    "the checkpoint holds pickle files only, which are never read: save the weights as safetensors"
+                ) from error
+            raise
+        finally:
+            accepts_mismatch.reset(token)
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """The step before transformers makes up weights: of a config of huge numbers, it would not even return."""
+        super().mark_tied_weights_as_initialized(loading_info)
+        ignored = re.compile("|".join(self._keys_to_ignore_on_load_missing or ["(?!)"]))
+        missing = sorted(
+            name
+            for name in loading_info.missing_keys
+            if name not in self.all_tied_weights_keys and not ignored.search(name)
+        )
+        if missing:
+            raise ValueError(f"the checkpoint lacks {len(missing)} weight(s) of the model, among them {missing[0]!r}")
+        if loading_info.mismatched_keys and not accepts_mismatch.get():
+            name, found, expected = sorted(loading_info.mismatched_keys)[0]
+            raise ValueError(f"the weight {name!r} has the shape {list(found)}, its config says {list(expected)}")
+
+
+def holds_only_pickles(folder: Path) -> bool:
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return False
+    return any(any(folder.glob(pattern)) for pattern in PICKLES)
