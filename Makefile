@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PICTURE ?=
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format docs clean
 
 # torch first and under its exact version: resolving it as a dependency may choose another, larger build
 $(INSTALLED): pyproject.toml
@@ -35,6 +35,11 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+# the API reference, from the docstrings: build/docs/index.html
+docs: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(PYTHON) -m pdoc --output-directory build/docs vila $(patsubst %.py,vila.%,$(filter-out __init__.py,$(wildcard *.py)))
 
 clean:
 	rm -rf $(VENV) demo-model build *.egg-info

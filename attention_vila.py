@@ -1,6 +1,6 @@
 """Attention on CPUs, `attn_implementation="sdpa_cpu"`: torch's fused kernel, and what is faster where that is slow.
 
-- One new token: the query heads that share a key head go through the kernel as rows of one query, at least two of them.
+- One new token: the query heads that share a key head go through the kernel as rows of one query, at least two.
 - A picture in bfloat16: matrix products of whole heads, which run several times faster than the kernel's small ones.
 - Everything else, and everything on other devices, is transformers' `sdpa`.
 """

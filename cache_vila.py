@@ -33,7 +33,7 @@ class GrowingLayer(DynamicLayer):
         self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
-    def _append(self, name: str, states: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    def _append(self, name: str, states: Any, new: torch.Tensor) -> torch.Tensor:
         """The old states and the new ones behind them, as the beginning of `rooms[name]`."""
         old = states.shape[-2] if states is not None and states.dim() == 4 else 0
         end = old + new.shape[-2]

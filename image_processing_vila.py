@@ -34,12 +34,10 @@ from .geometry_vila import (
     choose_tile_grid,
     min_dynamic_s2_tiles,
     scale_splits,
-    square_padding,
-    tile_boxes,
 )
 from .image_loading_vila import array_to_image, load_image, open_image, to_rgb, upright_size
 from .media_policy_vila import MediaPolicy
-from .resizing_vila import in_threads, resize_picture
+from .tiling_vila import center_crop, cut_views, in_threads, pad_to_square, resize, tile_side
 
 logger = logging.get_logger(__name__)
 
@@ -272,13 +270,11 @@ class VilaImageProcessor(PilBackend):
         """One RGB picture -> its tiles, not normalised (specs of the release: NVILA §3.1)."""
         mode, policy, target = kwargs["image_mode"], kwargs["media_policy"], kwargs["crop_size"] or kwargs["size"]
         if grid.area > 1 and mode == "dynamic":
-            side = tile_side(target)
-            tiles = [*cut_tiles(picture, grid, side, policy), resize(picture, side, side, policy)]
+            tiles = cut_views(picture, [grid, TileGrid(1, 1)], tile_side(target), policy)
             return [self._tower_preprocessing(tile, **kwargs) for tile in tiles]
         if grid.area > 1:
             squares = [TileGrid(k, k) for k in scale_splits(kwargs["s2_scales"])[:-1]]
-            side = kwargs["s2_scales"][0]
-            return [tile for split in [*squares, grid] for tile in cut_tiles(picture, split, side, policy)]
+            return cut_views(picture, [*squares, grid], kwargs["s2_scales"][0], policy)
         if mode == "resize" and kwargs["do_resize"]:
             picture = resize(picture, target["width"], target["height"], policy)
         elif mode == "pad":
@@ -331,7 +327,7 @@ class VilaImageProcessor(PilBackend):
                 # no index of 8 bits is outside of the table: clipping saves the check
                 np.take(table[channel], pixels[..., channel], out=pixel_values[number, channel], mode="clip")
 
-        in_threads(normalise, range(len(views)), limit=len(views))
+        in_threads(normalise, range(len(views)))
         return pixel_values
 
 
@@ -372,43 +368,6 @@ def check_size(name: str, size: SizeDict, *allowed: set[str]) -> None:
     if set(dict(size)) not in allowed or min(dict(size).values()) < 1:
         keys = " or ".join("{" + ", ".join(sorted(keys)) + "}" for keys in allowed)
         raise ValueError(f"{name} must be {keys} of at least one pixel")
-
-
-def resize(
-    picture: Image.Image, width: int, height: int, policy: MediaPolicy, resample: int = Image.Resampling.BICUBIC
-) -> Image.Image:
-    # Pillow brings every row of the picture to the new width before it changes their number
-    policy.check_pixels(width, max(height, picture.height), "resizing the picture")
-    return resize_picture(picture, (width, height), resample)
-
-
-def tile_side(size: SizeDict | dict[str, int]) -> int:
-    """Side of the square tile; tiling needs one."""
-    if size.get("height") != size.get("width") or not size.get("height"):
-        raise ValueError(f"tiles are square: size needs equal height and width, got {dict(size)}")
-    return size["height"]
-
-
-def cut_tiles(picture: Image.Image, grid: TileGrid, side: int, policy: MediaPolicy) -> list[Image.Image]:
-    resized = resize(picture, side * grid.cols, side * grid.rows, policy)
-    return [resized.crop(box) for box in tile_boxes(grid, side)]
-
-
-def pad_to_square(picture: Image.Image, mean: float | Sequence[float], policy: MediaPolicy) -> Image.Image:
-    """The picture centred on a square of the mean colour."""
-    side, left, upper = square_padding(picture.width, picture.height)
-    policy.check_pixels(side, side, "padding the picture")
-    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3)))
-    square.paste(picture, (left, upper))
-    return square
-
-
-def center_crop(picture: Image.Image, crop_size: Any, policy: MediaPolicy) -> Image.Image:
-    """The middle of the picture; black where the picture is smaller than the crop."""
-    policy.check_pixels(crop_size.width, crop_size.height, "cropping the picture")
-    left = (picture.width - crop_size.width) // 2
-    upper = (picture.height - crop_size.height) // 2
-    return picture.crop((left, upper, left + crop_size.width, upper + crop_size.height))
 
 
 def group_by_conversation(images: Any) -> list[list[Any]]:

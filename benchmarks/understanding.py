@@ -1,9 +1,9 @@
 """Encode, prefill, decode, memory, load and preprocessing beside transformers: `python benchmarks/understanding.py`.
 
 The peer is transformers' `llava_onevision` with the same tower, projector, language model and number of tokens, both
-with random weights in bfloat16. Times are interleaved in one process, memory and loading are those of a process each.
-Every time is also given as a multiple of the limit that is measured in the same run: matrix products for encoding and
-prefill, reading the weights for decoding.
+with random weights in bfloat16; that of preprocessing is Pillow and numpy, tile after tile. Times are interleaved in
+one process, memory and loading are those of a process each. Every time is also a multiple of the limit that was
+measured in the same run: matrix products for encoding and prefill, reading the weights for decoding.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vila.configuration_vila import VilaConfig
 from vila.geometry_vila import TileGrid, tile_boxes
 from vila.image_processing_vila import VilaImageProcessor
 from vila.modeling_vila import VilaForConditionalGeneration
+from vila.packed_linear_vila import pack_linears
 from vila.vision_vila import VilaMultiModalProjector
 
 MIB = 2**20
@@ -37,7 +39,10 @@ TEXT = {
     "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
 }  # fmt: skip
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
-ROWS = {"encode": 0.95, "prefill": 1.02, "decode": 0.85, "generate memory": 0.9, "load": 1.0, "load memory": 1.0}
+ROWS = {
+    "preprocess": 0.6, "encode": 0.95, "prefill": 1.02, "decode": 0.85, "decode, packed": 0.85,
+    "generate memory": 0.9, "load": 1.0, "load memory": 1.0,
+}  # fmt: skip
 
 
 def tower(layers: int) -> dict[str, Any]:
@@ -168,8 +173,8 @@ def interleaved(works: dict[str, Callable[[], float]], repeats: int) -> dict[str
     return seconds
 
 
-def show_times(row: str, seconds: dict[str, list[float]], limit: float, peer: str = "peer") -> None:
-    ours, other = seconds["ours"], seconds[peer]
+def show_times(row: str, seconds: dict[str, list[float]], limit: float) -> None:
+    ours, other = seconds["ours"], seconds["peer"]
     ratio = statistics.median(a / b for a, b in zip(ours, other))
     mine, theirs = statistics.median(ours), statistics.median(other)
     show(row, mine * 1e3, theirs * 1e3, "ms", ratio, f"{mine / limit:9.2f} {theirs / limit:9.2f}" if limit else "")
@@ -185,20 +190,49 @@ def show(row: str, ours: float, peer: float, unit: str, ratio: float, note: str 
 def measure_times(repeats: int, tower_layers: int) -> None:
     flops, bandwidth = limits()
     sys.stdout.write(f"limits: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
-    sys.stdout.write(f"{'':16s} {'ours':>10s} {'peer':>10s} {'':4s} {'ratio':>7s} {'goal':8s} {'x limit: ours, peer'}\n")
+    sys.stdout.write(
+        f"{'':16s} {'ours':>10s} {'peer':>10s} {'':4s} {'ratio':>7s} {'goal':8s} {'x limit: ours, peer'}\n"
+    )
+    show_times("preprocess", interleaved(preprocessing(), repeats), 0)
     with tempfile.TemporaryDirectory() as folder:
         save_models(Path(folder), tower_layers)
         models = {name: load(name, Path(folder)) for name in ("ours", "peer")}
-        inputs = {name: media(name) for name in models}
-        encode = {name: lambda n=name: seconds_of(lambda: models[n].get_image_features(**inputs[n])) for name in models}
-        show_times("encode", interleaved(encode, repeats), encode_flops(tower_layers) / flops)
-        ids = prompt("ours", False)
-        prefill = {name: lambda n=name: seconds_of(lambda: models[n](ids, logits_to_keep=1)) for name in models}
-        show_times("prefill", interleaved(prefill, repeats), prefill_flops() / flops)
-        decode = {
-            name: lambda n=name: statistics.median(generate(models[n], NEW_TOKENS, input_ids=ids)) for name in models
-        }
-        show_times("decode", interleaved(decode, repeats), decode_bytes() / bandwidth)
+
+        def encode(name: str) -> float:
+            return seconds_of(partial(models[name].get_image_features, **media(name)))
+
+        def prefill(name: str) -> float:
+            return seconds_of(partial(models[name], prompt("ours", False), logits_to_keep=1))
+
+        def decode(name: str) -> float:
+            return statistics.median(generate(models[name], NEW_TOKENS, input_ids=prompt("ours", False)))
+
+        limit = {encode: encode_flops(tower_layers) / flops, prefill: prefill_flops() / flops}
+        limit[decode] = decode_bytes() / bandwidth
+        for work in (encode, prefill, decode):
+            seconds = interleaved({name: partial(work, name) for name in models}, repeats)
+            show_times(work.__name__, seconds, limit[work])
+        pack_linears(models["ours"])
+        seconds = interleaved({name: partial(decode, name) for name in models}, repeats)
+        show_times("decode, packed", seconds, limit[decode])
+
+
+def preprocessing() -> dict[str, Callable[[], float]]:
+    """A photo of ten tiles, by the image processor and by Pillow and numpy, tile after tile; the same to the bit."""
+    noise = np.random.default_rng(0).integers(0, 256, (*PHOTO_SIZE[::-1], 3), dtype=np.uint8)
+    photo, mean, std = Image.fromarray(noise), np.float32([0.5] * 3), np.float32([0.5] * 3)
+    processor = VilaImageProcessor(image_mode="dynamic", max_tiles=9, size={"height": SIDE, "width": SIDE})
+
+    def plain() -> np.ndarray:
+        resized = photo.resize((3 * SIDE, 3 * SIDE), Image.Resampling.BICUBIC)
+        tiles = [resized.crop(box) for box in tile_boxes(TileGrid(3, 3), SIDE)]
+        tiles.append(photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        scaled = [(np.asarray(tile) * (1 / 255)).astype(np.float32) for tile in tiles]
+        return np.stack([((tile - mean) / std).transpose(2, 0, 1) for tile in scaled])
+
+    if not np.array_equal(processor([photo])["pixel_values"], plain()):
+        raise SystemExit("pixels differ")
+    return {"ours": lambda: seconds_of(lambda: processor([photo])), "peer": lambda: seconds_of(plain)}
 
 
 def resident(name: str) -> float:
@@ -234,8 +268,13 @@ def measure_children(repeats: int, tower_layers: int) -> None:
         ours, peer = ([result[row] for result in runs[name]] for name in ("ours", "peer"))
         scale, unit = (1e3, "ms") if row == "load" else (1, "MiB")
         ratio = statistics.median(a / b for a, b in zip(ours, peer))
-        weights = "" if row == "load" else "x weights: " + ", ".join(
-            f"{statistics.median(result[row] / result['w'] for result in runs[name]):.2f}" for name in runs
+        weights = (
+            ""
+            if row == "load"
+            else "x weights: "
+            + ", ".join(
+                f"{statistics.median(result[row] / result['w'] for result in runs[name]):.2f}" for name in runs
+            )
         )
         show(row, statistics.median(ours) * scale, statistics.median(peer) * scale, unit, ratio, weights)
 

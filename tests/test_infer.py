@@ -22,6 +22,7 @@ from vila import VilaForConditionalGeneration, loading_vila
 from vila.chat_templates_vila import named_template
 from vila.conversion_vila import convert
 from vila.infer import AnswerStreamer, main, media_block, parse_arguments
+from vila.media_policy_vila import MediaPolicy
 from vila.training_vila import LORA_TARGETS
 from vila.video_processing_vila import video_duration
 
@@ -204,9 +205,9 @@ def test_text_alone_and_media_alone(lite, capsys):
 def test_suffixes_in_any_case(tmp_path, clip):
     for name, kind in [("a.JPG", "image"), ("b.Png", "image"), ("c.MP4", "video"), ("d.MkV", "video")]:
         (tmp_path / name).touch()
-        assert media_block(str(tmp_path / name)) == {"type": kind, "path": str(tmp_path / name)}
+        assert media_block(str(tmp_path / name), MediaPolicy()) == {"type": kind, "path": str(tmp_path / name)}
     (tmp_path / "film.jpg").mkdir()
-    assert media_block(str(tmp_path / "film.jpg"))["type"] == "video"
+    assert media_block(str(tmp_path / "film.jpg"), MediaPolicy())["type"] == "video"
 
 
 @pytest.mark.parametrize(
@@ -547,7 +548,7 @@ def test_json_that_is_cut_is_an_error(lite, tmp_path, capsys):
         (["-m", "LITE", "--text", "x", "--json-schema", "TMP/none.py"], "no class Main"),
         (["-m", "TMP", "--text", "x"], "config.json is missing"),
         (["-m", "TMP/other", "--text", "x"], "'qwen2_vl', no VILA checkpoint"),
-        (["-m", "TMP/cut", "--text", "x"], "header"),
+        (["-m", "TMP/cut", "--text", "x"], "a weight file of the checkpoint is damaged"),
     ],
 )
 def test_failures_are_one_line(arguments, message, lite, tmp_path, capsys):

@@ -1,0 +1,115 @@
+"""The cache that grows in place holds what transformers' cache holds, whatever is done to it."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
+from vila import VilaConfig
+from vila.cache_vila import ROOM, GrowingLayer, grow_in_place
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 3)),
+        st.tuples(st.just("update"), st.sampled_from([ROOM - 1, ROOM, ROOM + 1])),
+        st.tuples(st.just("crop"), st.integers(1, 5)),
+        st.tuples(st.just("reorder"), st.permutations([0, 1])),
+        st.tuples(st.just("repeat"), st.integers(1, 2)),
+        st.tuples(st.just("copy"), st.none()),
+        st.tuples(st.just("reset"), st.none()),
+    ),
+    max_size=12,
+)
+
+
+def new_states(tokens, batch=2):
+    return torch.randn(batch, 2, tokens, 4), torch.randn(batch, 2, tokens, 4)
+
+
+def apply(cache, step, argument, states):
+    if step == "update":
+        cache.update(*states, layer_idx=0)
+    elif step == "crop" and cache.get_seq_length() > argument:
+        cache.crop(-argument)
+    elif step == "reorder":
+        cache.reorder_cache(torch.tensor([argument[row % 2] for row in range(len(states[0]))]))
+    elif step == "repeat" and cache.get_seq_length() and len(states[0]) < 8:
+        cache.batch_repeat_interleave(argument)
+    elif step == "copy":
+        return copy.deepcopy(cache)
+    elif step == "reset":
+        cache.reset()
+    return cache
+
+
+@given(STEPS)
+@settings(deadline=None)
+def test_any_history_leaves_what_transformers_cache_holds(steps):
+    plain, grown = DynamicCache(), DynamicCache()
+    grow_in_place(grown)
+    for step, argument in [("update", 5), *steps]:
+        batch = len(plain.layers[0].keys) if plain.get_seq_length() else 2
+        states = new_states(argument if step == "update" else 1, batch)
+        plain, grown = apply(plain, step, argument, states), apply(grown, step, argument, states)
+        assert grown.get_seq_length() == plain.get_seq_length()
+        if plain.get_seq_length():
+            assert torch.equal(grown.layers[0].keys, plain.layers[0].keys)
+            assert torch.equal(grown.layers[0].values, plain.layers[0].values)
+
+
+def test_new_tokens_are_written_behind_the_old_ones():
+    layer = GrowingLayer()
+    layer.update(*new_states(10))
+    start = layer.keys.data_ptr()
+    for _ in range(ROOM):
+        layer.update(*new_states(1))
+        assert layer.keys.data_ptr() == start
+    layer.update(*new_states(1))
+    assert layer.keys.data_ptr() != start and layer.keys.shape[2] == 10 + ROOM + 1
+
+
+def test_a_copy_does_not_write_into_the_original():
+    cache = DynamicCache()
+    grow_in_place(cache)
+    cache.update(*new_states(3), layer_idx=0)
+    branch = copy.deepcopy(cache)
+    first, second = new_states(1), new_states(1)
+    cache.update(*first, layer_idx=0)
+    branch.update(*second, layer_idx=0)
+    assert torch.equal(cache.layers[0].keys[:, :, 3:], first[0])
+    assert torch.equal(branch.layers[0].keys[:, :, 3:], second[0])
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside_of_it():
+    layer = GrowingLayer()
+    with torch.inference_mode():
+        layer.update(*new_states(3))
+    keys, values = new_states(1)
+    layer.update(keys, values)
+    assert torch.equal(layer.keys[:, :, 3:], keys)
+
+
+def test_gradients_reach_all_tokens():
+    layer = GrowingLayer()
+    states = [state.requires_grad_() for _ in range(2) for state in new_states(2)]
+    layer.update(*states[:2])
+    layer.update(*states[2:])
+    (layer.keys.sum() + layer.values.sum()).backward()
+    assert all(torch.equal(state.grad, torch.ones_like(state)) for state in states)
+
+
+@pytest.mark.parametrize("cache", [DynamicCache(offloading=True), StaticCache(VilaConfig(), max_cache_len=8), None])
+def test_other_caches_are_left_alone(cache):
+    before = None if cache is None else [type(layer) for layer in cache.layers]
+    grow_in_place(cache)
+    assert cache is None or [type(layer) for layer in cache.layers] == before
+
+
+def test_a_filled_cache_is_left_alone():
+    cache = DynamicCache()
+    cache.update(*new_states(3), layer_idx=0)
+    keys = cache.layers[0].keys
+    grow_in_place(cache)
+    assert cache.layers[0].keys is keys

@@ -1,0 +1,60 @@
+"""Packed weights: the same answers, and what is saved is what was loaded."""
+
+import pytest
+import torch
+from conftest import COMMITTED_GOLDENS, GoldenCase
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoProcessor
+from vila.packed_linear_vila import PackedLinear, pack_linears
+
+CASE = GoldenCase(COMMITTED_GOLDENS / "vila" / "nvila_lite_image")
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="this processor has no bfloat16 products",
+)
+
+
+@pytest.fixture
+def loaded(converted):
+    folder = converted(CASE)
+    model = AutoModel.from_pretrained(folder, dtype="bfloat16")
+    inputs = AutoProcessor.from_pretrained(folder).apply_chat_template(
+        CASE.chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return model, inputs
+
+
+def test_answers_and_logits_do_not_change(loaded):
+    model, inputs = loaded
+    options = {"max_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True}
+    before = model.generate(**inputs, **options)
+    after = pack_linears(model).generate(**inputs, **options)
+    assert torch.equal(before.sequences, after.sequences)
+    torch.testing.assert_close(before.logits, after.logits, atol=0.02, rtol=0.02)
+
+
+def test_all_linear_layers_of_the_language_model_are_packed_and_no_others(loaded):
+    model, _ = loaded
+    tower = [name for name, part in model.model.vision_tower.named_modules() if isinstance(part, nn.Linear)]
+    pack_linears(model)
+    assert isinstance(model.lm_head, PackedLinear)
+    assert not any(isinstance(part, nn.Linear) for part in model.model.language_model.modules())
+    assert [n for n, part in model.model.vision_tower.named_modules() if isinstance(part, nn.Linear)] == tower
+    pack_linears(model)  # nothing is left to do
+
+
+def test_saving_unpacks(loaded, tmp_path):
+    model, _ = loaded
+    model.save_pretrained(tmp_path / "before")
+    pack_linears(model).save_pretrained(tmp_path / "after")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_other_dtypes_are_refused(converted):
+    model = AutoModel.from_pretrained(converted(CASE), dtype="float32")
+    with pytest.raises(ValueError, match="bfloat16"):
+        pack_linears(model)
+    assert isinstance(model.lm_head, nn.Linear)
