@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from vila.attention_vila import default_attention
 from vila.configuration_vila import VilaConfig
 from vila.modeling_vila import VilaForConditionalGeneration, VilaModel
 from vila.vision_vila import VilaMultiModalProjector
@@ -409,16 +410,17 @@ def test_a_picture_has_the_same_features_alone_and_among_others(name):
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-@pytest.mark.parametrize("attention", ["eager", {"text_config": "eager"}, {"vision_config": "eager"}], ids=str)
+@pytest.mark.parametrize("attention", ["eager", {"text_config": "eager"}, {"vision_config": "eager"}, None], ids=str)
 @torch.no_grad()
-def test_eager_attention_equals_sdpa(converted, checkpoint, attention):
+def test_every_attention_equals_sdpa(converted, checkpoint, attention):
     folder = converted(checkpoint)
-    eager, sdpa = load(folder, attn_implementation=attention), load(folder, attn_implementation="sdpa")
-    chosen = attention if isinstance(attention, dict) else {"text_config": "eager", "vision_config": "eager"}
-    assert eager.model.language_model.config._attn_implementation == chosen.get("text_config", "sdpa")
-    assert eager.model.vision_tower.config._attn_implementation == chosen.get("vision_config", "sdpa")
+    other, sdpa = load(folder, attn_implementation=attention), load(folder, attn_implementation="sdpa")
+    default = default_attention() or "sdpa"
+    chosen = {"text_config": "eager", "vision_config": "eager"} if attention == "eager" else attention or {}
+    assert other.model.language_model.config._attn_implementation == chosen.get("text_config", default)
+    assert other.model.vision_tower.config._attn_implementation == chosen.get("vision_config", default)
     inputs = encode(folder, user(picture("red", (90, 40)), "What is this?"))
-    close(eager(**inputs).logits, sdpa(**inputs).logits)
+    close(other(**inputs).logits, sdpa(**inputs).logits)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
