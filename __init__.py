@@ -15,6 +15,7 @@ from transformers import (
 
 from .configuration_vila import VilaConfig
 from .image_processing_vila import VilaImageProcessor
+from .media_policy_vila import MediaPolicy
 from .modeling_vila import VilaForConditionalGeneration, VilaModel, VilaPreTrainedModel
 from .processing_vila import VilaProcessor
 
@@ -31,6 +32,7 @@ VilaImageProcessor.register_for_auto_class("AutoImageProcessor")
 VilaProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
+    "MediaPolicy",
     "VilaConfig",
     "VilaForConditionalGeneration",
     "VilaImageProcessor",

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import COMMITTED_GOLDENS
+from conftest import COMMITTED_GOLDENS, REPOSITORY
 from sparse import write_shards, write_sparse
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 from vila import VilaConfig
@@ -159,3 +159,11 @@ def test_family_converts_at_its_real_size(source, name, tmp_path):
         model = AutoModel.from_config(config)
     used = len(next(layers for layers in model.model.vision_tower.encoder.children()))
     assert used == tower["num_hidden_layers"] + 1 + root.get("mm_vision_select_layer", -2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_readme_says_what_a_family_takes(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from memory import row
+
+    assert row(name) in (REPOSITORY / "README.md").read_text().splitlines()
