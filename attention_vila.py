@@ -5,7 +5,6 @@
 - Everything else, and everything on other devices, is transformers' `sdpa`.
 """
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ CPU_ATTENTION = "sdpa_cpu"
 # shorter rows are faster in the kernel
 MIN_PICTURE_TOKENS = 256
 # scores that are held at a time: a few megabytes stay in the cache
-SCORES_AT_A_TIME = 2**21
+SCORES_AT_A_TIME = 2**22
 # every that manyth key is looked at to guess the largest score of a row
 KEY_STRIDE = 16
 
@@ -98,17 +97,19 @@ def attend_picture(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     step = min(heads, max(1, SCORES_AT_A_TIME // length**2))
     scores = query.new_empty(step, length, length)
     width = channels + 8 - channels % 8
-    moved_query, moved_key = query.new_zeros(step, length, width), query.new_zeros(step, width, length)
+    moved_query, moved_key = query.new_zeros(heads, length, width), query.new_zeros(heads, width, length)
     moved_key[:, channels] = 1
-    for picture, start in product(range(batch), range(0, heads, step)):
-        q, k, v = (tensor[picture, start : start + step] for tensor in (query, key, value))
-        w, moved_q, moved_k = (buffer[: len(q)] for buffer in (scores, moved_query, moved_key))
-        moved_q[..., :channels] = q
-        moved_q[..., channels] = -torch.bmm(q, k[:, ::KEY_STRIDE].transpose(1, 2)).amax(-1)
-        moved_k[:, :channels] = k.transpose(1, 2)
-        torch.baddbmm(w, moved_q, moved_k, beta=0, alpha=scale, out=w)
-        torch.softmax(w, -1, out=w)
-        torch.bmm(v.transpose(1, 2).contiguous(), w.transpose(1, 2), out=out[picture, start : start + step])
+    for q, k, v, attended in zip(query, key, value, out):
+        moved_query[..., :channels] = q
+        moved_query[..., channels] = -torch.bmm(q, k[:, ::KEY_STRIDE].transpose(1, 2)).amax(-1)
+        moved_key[:, :channels] = k.transpose(1, 2)
+        turned_value = v.transpose(1, 2).contiguous()
+        for start in range(0, heads, step):
+            some = slice(start, start + step)
+            weights = scores[: len(moved_query[some])]
+            torch.baddbmm(weights, moved_query[some], moved_key[some], beta=0, alpha=scale, out=weights)
+            torch.softmax(weights, -1, out=weights)
+            torch.bmm(turned_value[some], weights.transpose(1, 2), out=attended[some])
     return out.transpose(2, 3)
 
 

@@ -79,7 +79,7 @@ class VilaConfig(PreTrainedConfig):
         s2_max_split_size: largest crop in pixels that static S2 gives to the tower; the smallest scale by default.
         s2_resize_output_to_scale_idx: the scale whose map size the others are resized to.
         vision_chunk_size: tiles that go through the tower at a time; bounds the memory of encoding, not the result. By
-            default 2 on a CPU, where more are not faster, and 8 elsewhere.
+            default 4 on a CPU, where more are not faster, and 8 elsewhere.
         video_pool_sizes: `[frames, rows, columns]` of every temporal-spatial pooling of a video's projected features
             (NVILA §3.2, the TSP encoder); None keeps all features of all frames (the basic encoder).
         time_token_ids: ids of the tokens that stand for times in a video, in order of time: soft targets of the

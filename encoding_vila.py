@@ -139,7 +139,7 @@ class VilaMediaEncoder:
     @property
     def _chunk_size(self) -> int:
         """Tiles that go through the tower at a time; on a CPU more of them only take more memory."""
-        return self.config.vision_chunk_size or (2 if self.vision_tower.device.type == "cpu" else 8)
+        return self.config.vision_chunk_size or (4 if self.vision_tower.device.type == "cpu" else 8)
 
     def media_sizes(
         self, modality: str, pixel_values: torch.Tensor, grid_thw: torch.Tensor | None

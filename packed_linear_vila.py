@@ -55,6 +55,9 @@ def pack_linears(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parent, name, child in linears:
             setattr(parent, name, PackedLinear(child))
+        # the weights lie in a file that is mapped as a whole: it goes when nothing points into it any more
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     return model
 
 

@@ -1,5 +1,8 @@
 """Packed weights: the same answers, and what is saved is what was loaded."""
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import COMMITTED_GOLDENS, GoldenCase
@@ -51,6 +54,17 @@ def test_saving_unpacks(loaded, tmp_path):
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_weight_file_is_let_go(converted, tmp_path):
+    AutoModel.from_pretrained(converted(CASE), dtype="bfloat16").save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, dtype="bfloat16")
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or str(tmp_path) not in maps.read_text():
+        pytest.skip("weights are not mapped here")
+    pack_linears(model)
+    gc.collect()
+    assert str(tmp_path) not in maps.read_text()
 
 
 def test_other_dtypes_are_refused(converted):
