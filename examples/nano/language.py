@@ -83,11 +83,15 @@ def receipt_turn(rng: random.Random, split: Split) -> Turn:
 
 
 QUESTIONS = (sum_turn, larger_turn, copy_turn, after_turn, opposite_turn, lookup_turn)
+TRAINED_QUESTIONS = (*QUESTIONS, sum_turn, receipt_turn)
+TRAINED_CHARACTERS = 120
 
 
 def text(rng: random.Random, split: Split) -> Episode:
-    """One question in the test; several that have nothing to do with each other in training."""
+    """One question in the test; in training several about different things, about equally long together."""
     if split == "test":
         return Episode("text", (rng.choice(QUESTIONS)(rng, split),))
-    makers = (*QUESTIONS, sum_turn, receipt_turn)
-    return Episode("text", tuple(rng.choice(makers)(rng, split) for _ in range(rng.randint(2, 4))))
+    turns: list[Turn] = []
+    while sum(len(turn.question) + len(turn.answer) for turn in turns) < TRAINED_CHARACTERS:
+        turns.append(rng.choice(TRAINED_QUESTIONS)(rng, split))
+    return Episode("text", tuple(turns))
