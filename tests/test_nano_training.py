@@ -1,9 +1,11 @@
 """examples/nano: the stream of conversations, the untrained model, training that resumes, scores and the plot."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import build
 import evaluate
@@ -12,14 +14,18 @@ import plot
 import pytest
 import recipe
 import torch
+import tower
 import train
 from answering import answer, score
 from dataset import SIZES, TASKS, WINDOW, NanoDataset, size_of
+from drawing import Thing
+from fonts import font
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 from vila import VilaForConditionalGeneration
 from vila.training_vila import VilaDataCollator
+from vocabulary import COLOURS, SHAPES
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -169,10 +175,12 @@ def test_the_loss_falls_in_a_plain_trainer(tmp_path, model, processor):
 @pytest.fixture
 def tiny_recipe(monkeypatch, small):
     stages = [replace(stage, samples=24, watched=("naming",)) for stage in recipe.STAGES if stage.name != "sft"]
-    monkeypatch.setattr(recipe, "STAGES", tuple(replace(stage, mixture={"naming": 1, "text": 1}) for stage in stages))
+    monkeypatch.setattr(
+        recipe, "STAGES", tuple(replace(s, mixture={"naming": 1, "text": 1} if s.mixture else {}) for s in stages)
+    )
     monkeypatch.setattr(recipe, "BATCH_SIZE", 2)
     monkeypatch.setattr(train.Monitor.__init__, "__defaults__", (2,))
-    monkeypatch.setattr(train, "build", lambda folder, seed: shutil.copytree(small, folder))
+    monkeypatch.setattr(build, "build", lambda folder, seed: shutil.copytree(small, folder))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -215,17 +223,62 @@ def test_pace_is_measured_for_every_size(model, processor, monkeypatch):
 
 def test_ablations_change_one_thing_each():
     plain = {stage.name: stage for stage in recipe.recipe()}
-    assert list(plain) == ["language", "align", "pretrain", "sft"]
+    assert list(plain) == ["tower", "language", "align", "pretrain", "sft"]
     assert plain["align"].tuned == ("projector",) and plain["sft"].mixture["text"] > 0
     assert sum(stage.share for stage in plain.values()) == pytest.approx(1)
-    for stage in recipe.recipe(frozen_language_model=True)[1:]:
+    for stage in recipe.recipe(frozen_language_model=True)[2:]:
         assert "language_model" not in stage.tuned
     pairs = recipe.recipe(pairs=True)
-    assert "interleaved" not in pairs[2].mixture and "fewshot" not in pairs[2].mixture
-    assert pairs[3] == plain["sft"]
-    assert all("text" not in stage.mixture for stage in recipe.recipe(text=False)[1:])
+    assert "interleaved" not in pairs[3].mixture and "fewshot" not in pairs[3].mixture
+    assert pairs[4] == plain["sft"]
+    assert all("text" not in stage.mixture for stage in recipe.recipe(text=False)[2:])
     for stage in plain.values():
         assert set(stage.mixture) <= set(TASKS) and set(stage.watched) <= set(judge.TRIALS)
+
+
+def test_labels_say_what_is_drawn_where():
+    rng = random.Random(0)
+    labels = tower.Labels(11)
+    labels.add_thing(Thing("blue", "star", 30, 80, 16))
+    labels.add_text((60, 10), "AB7", font("DejaVuSans.ttf", 20))
+    shape, colour = labels.maps[1], labels.maps[2]
+    row, col = int(80 / 5.5), int(30 / 5.5)
+    assert shape[row, col] == SHAPES.index("star") + 1 and colour[row, col] == list(COLOURS).index("blue") + 1
+    assert shape[0, 0] == 0 and not shape[:, 10:].any()
+    read = [tower.CHARACTERS[number - 1] for number in dict.fromkeys(labels.maps[0][3]) if number]
+    assert read == ["A", "B", "7"]
+    picture, maps = tower.draw_labelled(rng, "train", 11)
+    assert picture.size == (112, 112) and maps.shape == (3, 20, 20) and maps.any()
+
+
+class Echo(torch.nn.Module):
+    def forward(self, pixel_values):
+        return SimpleNamespace(last_hidden_state=pixel_values)
+
+
+def test_the_head_puts_quarters_where_they_belong(model):
+    trainee = tower.TowerPretraining(model.model.vision_tower)
+    rows = iter(tower.LabelledPictures(11, 2))
+    batch = torch.utils.data.default_collate([next(rows) for _ in range(2)])
+    output = trainee(**batch)
+    assert [tuple(logit.shape[2:]) for logit in output["logits"]] == [(20, 20)] * 3
+    side, patch = 10, (4, 7)
+    with torch.no_grad():  # a head that only sees a mark in one patch
+        trainee.norm, trainee.tower = torch.nn.Identity(), Echo()
+        features = torch.zeros(1, side * side, trainee.head.in_features)
+        features[0, patch[0] * side + patch[1], 0] = 1
+        trainee.head.bias.zero_()
+        changed = trainee(features)["logits"][0][0].abs().sum(0).nonzero().tolist()
+    assert changed == [[8, 14], [8, 15], [9, 14], [9, 15]]
+
+
+def test_the_stream_of_labelled_pictures_goes_on_where_it_was():
+    whole = list(islice(tower.LabelledPictures(11, 2, seed=3), 8))
+    rest = list(islice(tower.LabelledPictures(11, 2, seed=3, start=2), 4))
+    assert all(torch.equal(one["labels"], two["labels"]) for one, two in zip(whole[4:], rest))
+    loader = DataLoader(tower.LabelledPictures(11, 2, seed=3), batch_size=2, num_workers=2)
+    for batch, number in zip(loader, (0, 2, 4, 6)):
+        assert torch.equal(batch["pixel_values"][0], whole[number]["pixel_values"])
 
 
 # --------------------------------------------------------------------------------------------------------- scores

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from answering import score
 from recipe import Stage
+from tower import TowerPretraining
 from transformers import TrainerCallback
 
 SAMPLES = 64
@@ -40,14 +41,17 @@ class Monitor(TrainerCallback):
             self._write(state, {"accuracy": self.accuracies(model)})
 
     def accuracies(self, model: Any) -> dict[str, float]:
-        """Accuracy of every watched trial, on the validation split."""
+        """Accuracy of every watched trial, or of a tower's labels, on the validation split."""
         was_training = model.training
         model.eval()
-        with torch.autocast(model.device.type, torch.bfloat16):
-            found = {
-                trial: score(model, self.processor, trial, self.samples, split="validation").accuracy
-                for trial in self.stage.watched
-            }
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+            if isinstance(model, TowerPretraining):
+                found = model.accuracies()
+            else:
+                found = {
+                    trial: score(model, self.processor, trial, self.samples, split="validation").accuracy
+                    for trial in self.stage.watched
+                }
         model.train(was_training)
         return found
 

@@ -4,8 +4,9 @@ The family starts from a trained tower and a trained language model, and trains:
 and language model on interleaved documents, 3. everything on instructions, text among them. Here both start from
 random weights, so that
 
-- a stage before the first makes a language model, of text alone;
-- the tower learns in stages 2 and 3 together with the rest. What stage 1 aligns is a random tower: its share is small.
+- a stage before the first makes a tower, by labelling what is drawn where, see `tower.py`;
+- another one makes a language model, of text alone;
+- stages 2 and 3 train the tower further, together with the rest: it has seen less than one that is bought ready-made.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ class Stage:
 
     Attributes:
         tuned: parts that are trained, as `vila.training_vila.train_only` names them.
-        mixture: share of every task, see `dataset.TASKS`.
+        mixture: share of every task, see `dataset.TASKS`; none where the tower is trained alone.
         learning_rate: at the end of the warm-up.
         schedule: of the learning rate, as `TrainingArguments` names it.
         samples: conversations that it takes by default.
@@ -61,8 +62,9 @@ INSTRUCTIONS = {
 SEEN = ("naming", "yes_no", "count", "read")
 
 STAGES = (
-    Stage("language", ("language_model",), TEXT, 1e-3, "cosine", 40_000, 0.04, ("text",)),
-    Stage("align", ("projector",), {"caption": 1.0}, 1e-3, "cosine", 4_000, 0.02, ("text",)),
+    Stage("tower", ("vision_tower",), {}, 1e-3, "cosine", 160_000, 0.16, ()),
+    Stage("language", ("language_model",), TEXT, 1e-3, "cosine", 40_000, 0.06, ("text",)),
+    Stage("align", ("projector",), {"caption": 1.0}, 1e-3, "cosine", 8_000, 0.02, ("naming", "read")),
     Stage(
         "pretrain",
         EVERYTHING,
@@ -70,7 +72,7 @@ STAGES = (
         1e-3,
         "constant_with_warmup",
         120_000,
-        0.40,
+        0.30,
         (*SEEN, "fewshot_4", "text"),
     ),
     Stage(
@@ -80,13 +82,13 @@ STAGES = (
         1e-3,
         "cosine",
         160_000,
-        0.54,
+        0.46,
         (*SEEN, "compare", "tiles_on", "direction", "order", "flashes", "receipt_steps", "fewshot_4", "text"),
     ),
 )
 
 WARMUP_RATIO, WEIGHT_DECAY, BETA2, MAX_GRAD_NORM = 0.03, 0.02, 0.98, 1.0
-BATCH_SIZE, ACCUMULATION = 32, 2
+BATCH_SIZE, ACCUMULATION = 16, 2
 
 
 def recipe(

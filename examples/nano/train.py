@@ -14,12 +14,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import build
 import recipe
 import torch
-from build import build, save
+from build import save
 from dataset import NanoDataset, size_of
 from monitoring import LOG, Monitor
 from recipe import Stage
+from torch.utils.data import default_collate
+from tower import LabelledPictures, TowerPretraining
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from vila.training_vila import VilaDataCollator, train_only
@@ -60,31 +63,37 @@ def load(folder: Path) -> Any:
     return model
 
 
-def seconds_per_sample(model: Any, collator: VilaDataCollator, stage: Stage, seed: int) -> float:
+def seconds_per_sample(trainee: Any, collator: Any, stage: Stage, seed: int) -> float:
     """Mean over the mixture."""
-    seconds = seconds_per_size(model, collator, stage, seed)
+    if not stage.mixture:
+        return seconds_per_row(trainee, collator, LabelledPictures(build.PATCH, recipe.BATCH_SIZE, seed))
+    seconds = seconds_per_size(trainee, collator, stage, seed)
     return sum(share * seconds[size_of(task)] for task, share in stage.mixture.items()) / sum(stage.mixture.values())
 
 
-def seconds_per_size(model: Any, collator: VilaDataCollator, stage: Stage, seed: int) -> dict[str, float]:
-    """Seconds that a conversation of every size takes, forward and backward."""
-    train_only(model, stage.tuned)
+def seconds_per_size(model: Any, collator: Any, stage: Stage, seed: int) -> dict[str, float]:
+    """Seconds that a conversation of every size takes."""
     seconds: dict[str, float] = {}
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model.to(device).train()
     for size in dict.fromkeys(map(size_of, stage.mixture)):
         alike = {task: share for task, share in stage.mixture.items() if size_of(task) == size}
-        rows = iter(NanoDataset(alike, recipe.BATCH_SIZE, seed))
-        batches = [collator(list(islice(rows, recipe.BATCH_SIZE))) for _ in range(TIMED_BATCHES)]
-        for number, batch in enumerate(batches):
-            if number == 1:  # the first one is slower than all others
-                started = time.monotonic()
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-            loss.backward()
-            model.zero_grad()
-        seconds[size] = (time.monotonic() - started) / (TIMED_BATCHES - 1) / recipe.BATCH_SIZE
+        seconds[size] = seconds_per_row(model, collator, NanoDataset(alike, recipe.BATCH_SIZE, seed))
     return seconds
+
+
+def seconds_per_row(trainee: Any, collator: Any, dataset: Any) -> float:
+    """Seconds that a row takes, forward and backward, from a few batches."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    trainee.to(device).train()
+    rows = iter(dataset)
+    for number in range(TIMED_BATCHES + 1):
+        if number == 1:  # the first one is slower than all others
+            started = time.monotonic()
+        batch = collator(list(islice(rows, recipe.BATCH_SIZE)))
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = trainee(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
+        loss.backward()
+        trainee.zero_grad()
+    return (time.monotonic() - started) / TIMED_BATCHES / recipe.BATCH_SIZE
 
 
 def plan_steps(folder: Path, options: argparse.Namespace, stage: Stage, model: Any, collator: Any) -> int:
@@ -140,29 +149,34 @@ def batches_done(checkpoint: str | None) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] * recipe.ACCUMULATION
 
 
+def materials(stage: Stage, model: Any, processor: Any, seed: int, start: int) -> tuple[Any, Any, Any]:
+    """What is trained in a stage, the collator and the stream, which begins with batch number `start`."""
+    if not stage.mixture:
+        data = LabelledPictures(build.PATCH, recipe.BATCH_SIZE, seed, start)
+        return TowerPretraining(model.model.vision_tower), default_collate, data
+    data = NanoDataset(stage.mixture, recipe.BATCH_SIZE, seed, start)
+    return train_only(model, stage.tuned), VilaDataCollator(processor), data
+
+
 def run_stage(stage: Stage, start: Path, folder: Path, options: argparse.Namespace) -> None:
     """Trains one stage from the model in `start`; the result goes to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(options.seed)
-    processor = AutoProcessor.from_pretrained(start)
-    model, collator = load(start), VilaDataCollator(processor)
-    steps = plan_steps(folder, options, stage, model, collator)
-    train_only(model, stage.tuned)
+    model, processor = load(start), AutoProcessor.from_pretrained(start)
     last = get_last_checkpoint(str(folder))
-    arguments = training_arguments(folder, options, stage, steps)
-    rows_per_step = recipe.BATCH_SIZE * recipe.ACCUMULATION
-    every = max(1, steps // MEASUREMENTS)
-    seed = options.seed * len(recipe.STAGES) + [known.name for known in recipe.STAGES].index(stage.name)
+    trainee, collator, data = materials(stage, model, processor, options.seed, batches_done(last))
+    steps = plan_steps(folder, options, stage, trainee, collator)
+    rows_per_step, every = recipe.BATCH_SIZE * recipe.ACCUMULATION, max(1, steps // MEASUREMENTS)
     trainer = Trainer(
-        model,
-        arguments,
+        trainee,
+        training_arguments(folder, options, stage, steps),
         data_collator=collator,
-        train_dataset=NanoDataset(stage.mixture, recipe.BATCH_SIZE, seed, start=batches_done(last)),
+        train_dataset=data,
         processing_class=processor,
         callbacks=[Monitor(options.output / LOG, stage, processor, rows_per_step, every)],
     )
     trainer.train(resume_from_checkpoint=last)
-    save(trainer.model, processor, folder / FINAL, torch.float32)
+    save(model, processor, folder / FINAL, torch.float32)
 
 
 def main(arguments: list[str]) -> None:
@@ -171,11 +185,11 @@ def main(arguments: list[str]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     current = options.start or options.output / "untrained"
     if options.start is None and not (current / "config.json").is_file():
-        build(current, options.seed)
+        build.build(current, options.seed)
     for stage in options.planned:
         folder = options.output / stage.name
         if not (folder / FINAL / "config.json").is_file():
-            logger.info("Stage %s: %s on %s", stage.name, ", ".join(stage.tuned), ", ".join(stage.mixture))
+            logger.info("Stage %s: %s on %s", stage.name, ", ".join(stage.tuned), ", ".join(stage.mixture) or "labels")
             run_stage(stage, current, folder, options)
         current = folder / FINAL
     processor = AutoProcessor.from_pretrained(current)
