@@ -112,22 +112,28 @@ def texts(rows):
 MIXTURE = {"text": 1.0, "naming": 1.0, "fewshot": 0.5}
 
 
-def test_the_stream_is_the_same_for_every_number_of_workers():
-    dataset = NanoDataset(MIXTURE, 3, seed=5, batches=20)
-    alone = texts(dataset)
-    assert len(alone) == 60
-    loader = DataLoader(dataset, batch_size=3, num_workers=2, collate_fn=texts)
-    assert [text for batch in loader for text in batch] == alone
-    parts = [NanoDataset(MIXTURE, 3, seed=5, batches=20, process=p, processes=2) for p in (0, 1)]
+def test_workers_and_processes_share_the_stream_out():
+    batches = 2 * WINDOW
+    alone = texts(NanoDataset(MIXTURE, 3, seed=5, batches=batches))
+    assert len(alone) == 3 * batches
+    loader = DataLoader(
+        NanoDataset(MIXTURE, 3, seed=5, batches=batches), batch_size=3, num_workers=2, collate_fn=texts
+    )
+    assert sorted(text for batch in loader for text in batch) == sorted(alone)
+    parts = [NanoDataset(MIXTURE, 3, seed=5, batches=batches, process=p, processes=2) for p in (0, 1)]
     assert sorted(text for part in parts for text in texts(part)) == sorted(alone)
 
 
-def test_the_stream_goes_on_where_it_was():
-    whole = texts(islice(NanoDataset(MIXTURE, 3, seed=5), 3 * 20))
-    for start in (1, 7, WINDOW, WINDOW + 2):
-        rest = texts(islice(NanoDataset(MIXTURE, 3, seed=5, start=start), 3 * (20 - start)))
-        assert rest == whole[3 * start :]
-    assert texts(islice(NanoDataset(MIXTURE, 3, seed=6), 60)) != whole
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_goes_on_where_it_was(workers):
+    def taken(start, count, seed=5):
+        dataset = NanoDataset(MIXTURE, 3, seed=seed, start=start)
+        return list(islice(DataLoader(dataset, batch_size=3, num_workers=workers, collate_fn=texts), count))
+
+    whole = taken(0, 20)
+    for start in (1, 6, WINDOW, WINDOW + 3):
+        assert taken(start, 20 - start) == whole[start:]
+    assert taken(0, 20, seed=6) != whole
 
 
 def test_batches_hold_one_size_and_little_padding(processor):

@@ -2,8 +2,8 @@
 
 - A batch is as slow as its longest row: it holds conversations of one size (so many tiles), which is drawn anew for
   every batch, and those of a window of batches are sorted by length among the batches of their size.
-- Batch number n is the same for every number of workers and wherever the stream starts: a run that was stopped goes on
-  with the data that it would have seen.
+- Batch number n is the same wherever the stream starts: a run that was stopped goes on, with as many workers and
+  processes, with the data that it would have seen.
 """
 
 import random
@@ -100,14 +100,16 @@ class NanoDataset(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         own, others = (worker.id, worker.num_workers) if worker else (0, 1)
-        number, stride = self.start + self.process + self.processes * own, self.processes * others
-        drawn, window = -1, list[list[Episode]]()
+        streams = self.processes * others
+        number = self.start + self.process + self.processes * own
+        drawn, batches = -1, list[list[Episode]]()
         while self.batches is None or number < self.start + self.batches:
-            if number // WINDOW != drawn:
-                drawn = number // WINDOW
-                window = self.window(drawn)
-            yield from ({"messages": episode.messages} for episode in window[number % WINDOW])
-            number += stride
+            # every stream has windows of its own, so that none is drawn twice
+            window, slot = divmod(number // streams, WINDOW)
+            if window != drawn:
+                drawn, batches = window, self.window(window * streams + number % streams)
+            yield from ({"messages": episode.messages} for episode in batches[slot])
+            number += streams
 
     def window(self, number: int) -> list[list[Episode]]:
         """`WINDOW` batches."""
