@@ -4,9 +4,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PICTURE ?=
+NANO ?=
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow lint format docs clean
+.PHONY: demo test test-slow nano lint format docs clean
 
 # torch first and under its exact version: resolving it as a dependency may choose another, larger build
 $(INSTALLED): pyproject.toml
@@ -24,6 +25,10 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(PYTHON) -m pytest -c tests/pytest.ini -m slow tests
+
+# trains vila-nano from random weights into nano-run/; goes on where it was stopped. NANO='--minutes 60' bounds the time
+nano: $(INSTALLED)
+	$(PYTHON) examples/nano/train.py $(NANO)
 
 # mypy wants the package under its import name, whatever the clone's folder is called
 lint: $(INSTALLED)

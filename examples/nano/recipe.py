@@ -1,0 +1,119 @@
+"""The stages of training, as plain data.
+
+The family starts from a trained tower and a trained language model, and trains: 1. the projector alone, 2. projector
+and language model on interleaved documents, 3. everything on instructions, text among them. Here both start from
+random weights, so that
+
+- a stage before the first makes a tower, by labelling what is drawn where, see `tower.py`;
+- another one makes a language model, of text alone;
+- stages 2 and 3 train the tower further, together with the rest: it has seen less than one that is bought ready-made.
+"""
+
+from dataclasses import dataclass, replace
+
+EVERYTHING = ("vision_tower", "projector", "language_model")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        tuned: parts that are trained, as `vila.training_vila.train_only` names them.
+        mixture: share of every task, see `dataset.TASKS`; none where the tower is trained alone.
+        learning_rate: at the end of the warm-up.
+        schedule: of the learning rate, as `TrainingArguments` names it.
+        samples: conversations that it takes by default.
+        share: of the time, where a time is given instead.
+        watched: trials whose accuracy is measured on the validation split meanwhile.
+    """
+
+    name: str
+    tuned: tuple[str, ...]
+    mixture: dict[str, float]
+    learning_rate: float
+    schedule: str
+    samples: int
+    share: float
+    watched: tuple[str, ...]
+
+
+TEXT = {"text": 1.0}
+PAIRS = {"caption": 2.0, "transcribe": 2.0, "pair": 4.0, "text": 0.6}
+INTERLEAVED = {"caption": 1.0, "transcribe": 2.0, "dialogue": 1.0, "interleaved": 1.6, "fewshot": 0.9, "text": 0.6}
+INSTRUCTIONS = {
+    "naming": 0.5,
+    "yes_no": 1.2,
+    "count": 1.6,
+    "read": 0.8,
+    "transcribe": 1.2,
+    "dialogue": 0.4,
+    "chart": 0.3,
+    "compare": 1.0,
+    "tiles": 0.8,
+    "receipt_steps": 1.0,
+    "receipt_direct": 0.2,
+    "fewshot": 0.8,
+    "direction": 0.3,
+    "order": 0.3,
+    "flashes": 0.3,
+    "text": 0.6,
+}
+SEEN = ("naming", "yes_no", "count", "read")
+
+STAGES = (
+    Stage("tower", ("vision_tower",), {}, 1e-3, "cosine", 160_000, 0.16, ()),
+    Stage("language", ("language_model",), TEXT, 1e-3, "cosine", 40_000, 0.06, ("text",)),
+    Stage("align", ("projector",), {"caption": 1.0}, 1e-3, "cosine", 8_000, 0.02, ("naming", "read")),
+    Stage(
+        "pretrain",
+        EVERYTHING,
+        INTERLEAVED,
+        1e-3,
+        "constant_with_warmup",
+        120_000,
+        0.30,
+        (*SEEN, "fewshot_4", "text"),
+    ),
+    Stage(
+        "sft",
+        EVERYTHING,
+        INSTRUCTIONS,
+        1e-3,
+        "cosine",
+        160_000,
+        0.46,
+        (*SEEN, "compare", "tiles_on", "direction", "order", "flashes", "receipt_steps", "fewshot_4", "text"),
+    ),
+)
+
+WARMUP_RATIO, WEIGHT_DECAY, BETA2, MAX_GRAD_NORM = 0.03, 0.02, 0.98, 1.0
+BATCH_SIZE, ACCUMULATION = 16, 2
+
+
+def recipe(
+    frozen_language_model: bool = False, pairs: bool = False, text: bool = True, tasks: list[str] | None = None
+) -> tuple[Stage, ...]:
+    """The stages, or those of an ablation.
+
+    Args:
+        frozen_language_model: it stays as the first stage left it.
+        pairs: pre-training on single pictures instead of interleaved documents.
+        text: whether text-only conversations are blended in behind the first stage.
+        tasks: only these of every stage that has one of them.
+    """
+    stages = []
+    for stage in STAGES:
+        if pairs and stage.name == "pretrain":
+            stage = replace(stage, mixture=PAIRS)
+        if stage.name in ("pretrain", "sft"):
+            if frozen_language_model:
+                stage = replace(stage, tuned=tuple(part for part in stage.tuned if part != "language_model"))
+            if not text:
+                stage = replace(stage, mixture={task: s for task, s in stage.mixture.items() if task != "text"})
+        if tasks and set(tasks) & set(stage.mixture):
+            watched = tuple(trial for trial in stage.watched if trial in tasks)
+            mixture = {task: share for task, share in stage.mixture.items() if task in tasks}
+            stage = replace(stage, mixture=mixture, watched=watched)
+        stages.append(stage)
+    return tuple(stages)

@@ -1,0 +1,321 @@
+"""examples/nano: the stream of conversations, the untrained model, training that resumes, scores and the plot."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from itertools import islice
+from types import SimpleNamespace
+
+import build
+import evaluate
+import judge
+import plot
+import pytest
+import recipe
+import torch
+import tower
+import train
+from answering import answer, score
+from dataset import SIZES, TASKS, WINDOW, NanoDataset, size_of
+from drawing import Thing
+from fonts import font
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from vila import VilaForConditionalGeneration
+from vila.training_vila import VilaDataCollator
+from vocabulary import COLOURS, SHAPES
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Folder of an untrained model of the same form, but much smaller."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "VISION", {**build.VISION, **SMALL})
+        patch.setattr(build, "TEXT", {**build.TEXT, **SMALL, "num_key_value_heads": 1})
+        return build.build(tmp_path_factory.mktemp("nano") / "small")
+
+
+@pytest.fixture(scope="session")
+def processor(small):
+    return AutoProcessor.from_pretrained(small, trust_remote_code=True)
+
+
+@pytest.fixture
+def model(small):
+    return AutoModel.from_pretrained(small, trust_remote_code=True, dtype="auto")
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+def test_the_model_fits_into_its_file(processor):
+    with torch.device("meta"):
+        full = VilaForConditionalGeneration(build.build_config(processor.tokenizer))
+    assert 6e6 < full.num_parameters() < 16e6 / 2
+    assert full.config.num_tile_tokens == processor.num_tile_tokens == 25
+
+
+def test_the_folder_brings_its_code_and_template(small, processor):
+    assert (small / "modeling_vila.py").is_file() and (small / "processing_vila.py").is_file()
+    text = processor.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_printed_strings_are_read_letter_by_letter(processor):
+    tokenizer = processor.tokenizer
+    for text in (*judge.reading.GOODS[:3], "KLOP", "2071", "What is 4 + 19?", "It says: KLOP 7.\n"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    for text in ("KLOP", "2071", "WUG"):
+        assert len(tokenizer(text)["input_ids"]) == len(text)
+    assert len(tokenizer(" circle")["input_ids"]) == len(tokenizer("milk")["input_ids"]) == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_becomes_a_batch_that_teaches_its_answers(processor, model, task):
+    dataset = NanoDataset({task: 1}, batch_size=2)
+    episodes = dataset.window(0)[0]
+    collator = VilaDataCollator(processor)
+    for episode in episodes:
+        labels = collator.encode_row({"messages": episode.messages})["labels"]
+        learned = processor.tokenizer.decode(labels[labels != -100])
+        assert learned == "".join(f"{turn.answer}<|im_end|>" for turn in episode.turns)
+    loss = model(**collator([{"messages": episode.messages} for episode in episodes])).loss
+    assert torch.isfinite(loss)
+
+
+def test_views_are_those_the_tasks_are_made_for(processor):
+    def tiles(trial, **options):
+        chats = [episode.prompt for episode in judge.TRIALS[trial].episodes(1)]
+        data = processor.apply_chat_template(
+            chats, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
+        )
+        return len(data.get("pixel_values", ())), len(data.get("pixel_values_videos", ()))
+
+    assert tiles("tiles_on") == (5, 0)
+    assert tiles("tiles_on", **judge.TRIALS["tiles_off"].options) == (1, 0)
+    assert tiles("read") == (1, 0) and tiles("compare") == (2, 0)
+    assert tiles("receipt_steps") == (3, 0) and tiles("fewshot_4") == (5, 0)
+    assert tiles("direction") == (0, 12) and tiles("text") == (0, 0)
+
+
+# ----------------------------------------------------------------------------------------------------- the stream
+
+
+def texts(rows):
+    return [repr([message["content"][-1]["text"] for message in row["messages"]]) for row in rows]
+
+
+MIXTURE = {"text": 1.0, "naming": 1.0, "fewshot": 0.5}
+
+
+def test_workers_and_processes_share_the_stream_out():
+    batches = 2 * WINDOW
+    alone = texts(NanoDataset(MIXTURE, 3, seed=5, batches=batches))
+    assert len(alone) == 3 * batches
+    loader = DataLoader(
+        NanoDataset(MIXTURE, 3, seed=5, batches=batches), batch_size=3, num_workers=2, collate_fn=texts
+    )
+    assert sorted(text for batch in loader for text in batch) == sorted(alone)
+    parts = [NanoDataset(MIXTURE, 3, seed=5, batches=batches, process=p, processes=2) for p in (0, 1)]
+    assert sorted(text for part in parts for text in texts(part)) == sorted(alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_goes_on_where_it_was(workers):
+    def taken(start, count, seed=5):
+        dataset = NanoDataset(MIXTURE, 3, seed=seed, start=start)
+        return list(islice(DataLoader(dataset, batch_size=3, num_workers=workers, collate_fn=texts), count))
+
+    whole = taken(0, 20)
+    for start in (1, 6, WINDOW, WINDOW + 3):
+        assert taken(start, 20 - start) == whole[start:]
+    assert taken(0, 20, seed=6) != whole
+
+
+def test_batches_hold_one_size_and_little_padding(processor):
+    dataset = NanoDataset({"naming": 1, "dialogue": 1, "compare": 1}, 8)
+    collator, filled = VilaDataCollator(processor), []
+    for episodes in dataset.window(0):
+        assert len({size_of(episode.task) for episode in episodes}) == 1
+        filled.append(collator([{"messages": e.messages} for e in episodes])["attention_mask"].float().mean())
+    assert sum(filled) / WINDOW > 0.85
+    assert sorted(task for tasks in SIZES.values() for task in tasks) == sorted(TASKS)
+
+
+def test_wrong_streams_are_refused():
+    for mixture in ({"unknown": 1}, {}, {"text": 0}):
+        with pytest.raises(ValueError, match="mixture"):
+            NanoDataset(mixture, 2)
+    with pytest.raises(ValueError, match="judge"):
+        NanoDataset({"text": 1}, 2, split="test")
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def test_the_loss_falls_in_a_plain_trainer(tmp_path, model, processor):
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=30,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        logging_steps=5,
+        remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    dataset = NanoDataset({"naming": 1, "compare": 0.3}, 8)
+    trainer = Trainer(model, arguments, data_collator=VilaDataCollator(processor), train_dataset=dataset)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.fixture
+def tiny_recipe(monkeypatch, small):
+    stages = [replace(stage, samples=24, watched=("naming",)) for stage in recipe.STAGES if stage.name != "sft"]
+    monkeypatch.setattr(
+        recipe, "STAGES", tuple(replace(s, mixture={"naming": 1, "text": 1} if s.mixture else {}) for s in stages)
+    )
+    monkeypatch.setattr(recipe, "BATCH_SIZE", 2)
+    monkeypatch.setattr(train.Monitor.__init__, "__defaults__", (2,))
+    monkeypatch.setattr(build, "build", lambda folder, seed: shutil.copytree(small, folder))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, tiny_recipe):
+    options = ["--threads", "1", "--workers", "0", "--output", str(tmp_path)]
+    train.main(options)
+    weights = load_file(tmp_path / "final" / "model.safetensors")
+    assert weights["lm_head.weight" if "lm_head.weight" in weights else next(iter(weights))].dtype == torch.bfloat16
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+
+    pretrain = tmp_path / "pretrain"
+    last = max(pretrain.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.rmtree(last)
+    shutil.rmtree(pretrain / "final")
+    train.main(options)
+    again = load_file(tmp_path / "final" / "model.safetensors")
+    assert all(torch.allclose(weights[name], again[name], atol=1e-3) for name in weights)
+    added = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[len(log) :]]
+    assert {row["step"] for row in added} == {int(last.name.split("-")[1])}
+    plot.main([str(tmp_path / "log.jsonl"), str(tmp_path / "plot.png")])
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_time_is_turned_into_steps(tmp_path, tiny_recipe, monkeypatch):
+    monkeypatch.setattr(train, "seconds_per_sample", lambda *arguments: 0.5)
+    options = train.parse(["--minutes", "2", "--stages", "language", "--output", str(tmp_path)])
+    assert train.plan_steps(tmp_path, options, options.planned[0], None, None) == round(120 / 0.5 / 4)
+    options.minutes = 50
+    assert train.plan_steps(tmp_path, options, options.planned[0], None, None) == round(120 / 0.5 / 4)
+
+
+def test_pace_is_measured_for_every_size(model, processor, monkeypatch):
+    monkeypatch.setattr(recipe, "BATCH_SIZE", 2)
+    stage = replace(recipe.STAGES[-1], mixture={"naming": 1, "text": 3})
+    paces = train.seconds_per_size(model, VilaDataCollator(processor), stage, 0)
+    assert set(paces) == {"picture", "text"} and min(paces.values()) > 0
+
+
+def test_ablations_change_one_thing_each():
+    plain = {stage.name: stage for stage in recipe.recipe()}
+    assert list(plain) == ["tower", "language", "align", "pretrain", "sft"]
+    assert plain["align"].tuned == ("projector",) and plain["sft"].mixture["text"] > 0
+    assert sum(stage.share for stage in plain.values()) == pytest.approx(1)
+    for stage in recipe.recipe(frozen_language_model=True)[2:]:
+        assert "language_model" not in stage.tuned
+    pairs = recipe.recipe(pairs=True)
+    assert "interleaved" not in pairs[3].mixture and "fewshot" not in pairs[3].mixture
+    assert pairs[4] == plain["sft"]
+    assert all("text" not in stage.mixture for stage in recipe.recipe(text=False)[2:])
+    for stage in plain.values():
+        assert set(stage.mixture) <= set(TASKS) and set(stage.watched) <= set(judge.TRIALS)
+
+
+def test_labels_say_what_is_drawn_where():
+    rng = random.Random(0)
+    labels = tower.Labels(11)
+    labels.add_thing(Thing("blue", "star", 30, 80, 16))
+    labels.add_text((60, 10), "AB7", font("DejaVuSans.ttf", 20))
+    shape, colour = labels.maps[1], labels.maps[2]
+    row, col = int(80 / 5.5), int(30 / 5.5)
+    assert shape[row, col] == SHAPES.index("star") + 1 and colour[row, col] == list(COLOURS).index("blue") + 1
+    assert shape[0, 0] == 0 and not shape[:, 10:].any()
+    read = [tower.CHARACTERS[number - 1] for number in dict.fromkeys(labels.maps[0][3]) if number]
+    assert read == ["A", "B", "7"]
+    picture, maps = tower.draw_labelled(rng, "train", 11)
+    assert picture.size == (112, 112) and maps.shape == (3, 20, 20) and maps.any()
+
+
+class Echo(torch.nn.Module):
+    def forward(self, pixel_values):
+        return SimpleNamespace(last_hidden_state=pixel_values)
+
+
+def test_the_head_puts_quarters_where_they_belong(model):
+    trainee = tower.TowerPretraining(model.model.vision_tower)
+    rows = iter(tower.LabelledPictures(11, 2))
+    batch = torch.utils.data.default_collate([next(rows) for _ in range(2)])
+    output = trainee(**batch)
+    assert [tuple(logit.shape[2:]) for logit in output["logits"]] == [(20, 20)] * 3
+    side, patch = 10, (4, 7)
+    with torch.no_grad():  # a head that only sees a mark in one patch
+        trainee.norm, trainee.tower = torch.nn.Identity(), Echo()
+        features = torch.zeros(1, side * side, trainee.head.in_features)
+        features[0, patch[0] * side + patch[1], 0] = 1
+        trainee.head.bias.zero_()
+        changed = trainee(features)["logits"][0][0].abs().sum(0).nonzero().tolist()
+    assert changed == [[8, 14], [8, 15], [9, 14], [9, 15]]
+
+
+def test_the_stream_of_labelled_pictures_goes_on_where_it_was():
+    whole = list(islice(tower.LabelledPictures(11, 2, seed=3), 8))
+    rest = list(islice(tower.LabelledPictures(11, 2, seed=3, start=2), 4))
+    assert all(torch.equal(one["labels"], two["labels"]) for one, two in zip(whole[4:], rest))
+    loader = DataLoader(tower.LabelledPictures(11, 2, seed=3), batch_size=2, num_workers=2)
+    for batch, number in zip(loader, (0, 2, 4, 6)):
+        assert torch.equal(batch["pixel_values"][0], whole[number]["pixel_values"])
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+
+def test_evaluate_scores_an_untrained_model_near_chance(small, capsys):
+    evaluate.main(["--model", str(small), "--samples", "3", "--batch-size", "2", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert [row["trial"] for row in report["scores"]] == list(judge.TRIALS)
+    for row in report["scores"]:
+        low, high = row["interval"]
+        assert 0 <= low <= row["accuracy"] <= high <= 1 and row["total"] == 3
+        assert 0 <= row["chance"] <= 0.5 and row["accuracy"] < 1
+    evaluate.main(["--model", str(small), "--samples", "2", "--trials", "naming", "text"])
+    table = capsys.readouterr().out
+    assert table.count("\n") == 4 and "| naming |" in table and "95 %" in table
+
+
+def test_right_answers_are_counted(model, processor, monkeypatch):
+    import answering
+
+    monkeypatch.setattr(answering, "answer", lambda m, p, episodes, *rest: [e.target.answer for e in episodes])
+    found = score(model, processor, "naming", 20)
+    assert found.right == found.total == 20 and found.as_dict()["reached"] is True
+    assert {"pair", "phrasing"} <= set(found.held_out)
+    monkeypatch.setattr(answering, "answer", lambda m, p, episodes, *rest: ["no idea"] * len(episodes))
+    assert score(model, processor, "naming", 20).right == 0
+
+
+def test_batched_answers_equal_single_ones(model, processor):
+    for trial in ("naming", "direction", "fewshot_2", "text"):
+        episodes = list(judge.TRIALS[trial].episodes(3))
+        together = answer(model, processor, episodes, 4)
+        assert together == [answer(model, processor, [episode], 4)[0] for episode in episodes]
