@@ -245,16 +245,20 @@ def test_ablations_change_one_thing_each():
 def test_labels_say_what_is_drawn_where():
     rng = random.Random(0)
     labels = tower.Labels(11)
-    labels.add_thing(Thing("blue", "star", 30, 80, 16))
-    labels.add_text((60, 10), "AB7", font("DejaVuSans.ttf", 20))
-    shape, colour = labels.maps[1], labels.maps[2]
+    labels.add_things([Thing("blue", "star", 30, 80, 16), Thing("red", "star", 80, 80, 10)])
+    labels.add_text((60, 10), "AB7", font("DejaVuSans.ttf", 20), line=1)
+    maps = dict(zip(tower.KINDS, labels.maps))
     row, col = int(80 / 5.5), int(30 / 5.5)
-    assert shape[row, col] == SHAPES.index("star") + 1 and colour[row, col] == list(COLOURS).index("blue") + 1
-    assert shape[0, 0] == 0 and not shape[:, 10:].any()
-    read = [tower.CHARACTERS[number - 1] for number in dict.fromkeys(labels.maps[0][3]) if number]
+    assert maps["shape"][row, col] == SHAPES.index("star") + 1
+    assert maps["colour"][row, col] == list(COLOURS).index("blue") + 1 and maps["count"][row, col] == 2
+    assert maps["shape"][0, 0] == 0 and not maps["shape"][:, 17:].any()
+    read = [tower.CHARACTERS[number - 1] for number in dict.fromkeys(maps["character"][3]) if number]
     assert read == ["A", "B", "7"]
-    picture, maps = tower.draw_labelled(rng, "train", 11)
-    assert picture.size == (112, 112) and maps.shape == (3, 20, 20) and maps.any()
+    assert [*dict.fromkeys(maps["place"][3])][:4] == [0, 1, 2, 3] and set(maps["line"][3]) == {0, 2}
+    for _ in range(20):
+        picture, drawn = tower.draw_labelled(rng, "train", 11)
+        assert picture.size == (112, 112) and drawn.shape == (len(tower.KINDS), 20, 20)
+        assert all(kind.max() <= number for kind, number in zip(drawn, tower.KINDS.values()))
 
 
 class Echo(torch.nn.Module):
@@ -267,7 +271,7 @@ def test_the_head_puts_quarters_where_they_belong(model):
     rows = iter(tower.LabelledPictures(11, 2))
     batch = torch.utils.data.default_collate([next(rows) for _ in range(2)])
     output = trainee(**batch)
-    assert [tuple(logit.shape[2:]) for logit in output["logits"]] == [(20, 20)] * 3
+    assert [tuple(logit.shape[2:]) for logit in output["logits"]] == [(20, 20)] * len(tower.KINDS)
     side, patch = 10, (4, 7)
     with torch.no_grad():  # a head that only sees a mark in one patch
         trainee.norm, trainee.tower = torch.nn.Identity(), Echo()

@@ -39,6 +39,7 @@ PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PIECES = r" ?[A-Z]?[a-z]+|[A-Z]|\d|\s|[^\sA-Za-z\d]+"
 VOCABULARY, TEXTS_PER_TASK = 1024, 150
 
+PIXEL_MEAN, PIXEL_STD = 0.83, 0.18  # of what is drawn here
 PATCH, MAX_TILES, MAX_POSITIONS, MAX_NEW_TOKENS = 11, 4, 2048, 128
 VISION = {
     "model_type": "siglip_vision_model",
@@ -121,8 +122,8 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, config: VilaConfig) -> V
         size={"height": SIDE, "width": SIDE},
         min_tiles=1,
         max_tiles=MAX_TILES,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
+        image_mean=[PIXEL_MEAN] * 3,
+        image_std=[PIXEL_STD] * 3,
     )
     return VilaProcessor(
         image_processor,

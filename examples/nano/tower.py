@@ -1,8 +1,8 @@
 """Pre-training of the vision tower, in place of the trained one that the family starts from.
 
-A linear head says for every quarter of a patch which character, shape and colour is drawn there. That is many answers
-for one pass of the tower alone, where a conversation about a picture gives a few for a pass of the whole model. The
-head is thrown away.
+A linear head says for every quarter of a patch what is drawn there: a thing's shape and colour, and how many things
+have that shape; or a character, its place in its text and that text's line. That is many answers for one pass of the
+tower alone, where a conversation about a picture gives a few for a pass of the whole model. The head is thrown away.
 """
 
 import random
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from build import PIXEL_MEAN, PIXEL_STD
 from drawing import (
     SCALE,
     SIDE,
@@ -28,12 +29,24 @@ from drawing import (
     text_size,
 )
 from PIL import Image, ImageDraw
+from reading import draw_items
+from scenes import MAX_COUNT, counted_scene, draw_counts
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
-from vocabulary import COLOURS, GOODS, LETTERS, SHAPES, TRAINED_PAIRS, Split, draw_string
+from vocabulary import COLOURS, LETTERS, MAX_LETTERS, SHAPES, TRAINED_PAIRS, Split, draw_string
 
 CHARACTERS = LETTERS + LETTERS.lower() + "0123456789"
-KINDS = {"character": len(CHARACTERS), "shape": len(SHAPES), "colour": len(COLOURS)}  # and 0 for none of them
+MAX_LINES = 6
+# numbers of every kind of label; 0 stands for none of them
+KINDS = {
+    "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "count": MAX_COUNT,
+    "character": len(CHARACTERS),
+    "place": MAX_LETTERS,
+    "line": MAX_LINES,
+}
+EMPTY_WEIGHT = 0.1  # of cells without anything, which are most of them
 COLOUR_NUMBERS = {colour: number for number, colour in enumerate(COLOURS, start=1)}
 QUARTERS = 2  # per side of a patch
 VALIDATION_PICTURES = 64
@@ -52,46 +65,60 @@ class Labels:
         self.maps = np.zeros((len(KINDS), self.side, self.side), dtype=np.int64)
         self.centres = (np.arange(self.side) + 0.5) * self.cell
 
-    def add_thing(self, thing: Thing) -> None:
-        inside_x = np.abs(self.centres - thing.x)[None, :] ** 2
-        inside = inside_x + np.abs(self.centres - thing.y)[:, None] ** 2 < (0.9 * thing.radius) ** 2
-        self.maps[1][inside] = SHAPES.index(thing.shape) + 1
-        self.maps[2][inside] = COLOUR_NUMBERS[thing.colour]
+    def add_things(self, things: list[Thing]) -> None:
+        for thing in things:
+            inside_x = np.abs(self.centres - thing.x)[None, :] ** 2
+            inside = inside_x + np.abs(self.centres - thing.y)[:, None] ** 2 < (0.9 * thing.radius) ** 2
+            self.maps[0][inside] = SHAPES.index(thing.shape) + 1
+            self.maps[1][inside] = COLOUR_NUMBERS[thing.colour]
+            self.maps[2][inside] = min(MAX_COUNT, sum(other.shape == thing.shape for other in things))
 
-    def add_text(self, corner: tuple[float, float], text: str, face: Any) -> None:
+    def add_text(self, corner: tuple[float, float], text: str, face: Any, line: int) -> None:
         """The cells whose centres lie in a character's advance and in the height of the text."""
         height = text_size(text, face)[1]
         rows = (self.centres >= corner[1]) & (self.centres < corner[1] + height)
         for number, character in enumerate(text):
             left, right = (corner[0] + face.getlength(text[:end]) for end in (number, number + 1))
-            cols = (self.centres >= left) & (self.centres < right)
-            self.maps[0][np.ix_(rows, cols)] = CHARACTERS.index(character) + 1
+            cells = np.ix_(rows, (self.centres >= left) & (self.centres < right))
+            self.maps[3][cells] = CHARACTERS.index(character) + 1
+            self.maps[4][cells] = number + 1
+            self.maps[5][cells] = line + 1
 
 
 def draw_labelled(rng: random.Random, split: Split, patch: int) -> tuple[Image.Image, np.ndarray]:
     """A picture of one tile with things, texts or both, and its label maps `(kinds, side, side)`."""
-    labels, mode = Labels(patch), rng.choice(("things", "texts", "texts", "both"))
+    labels, mode = Labels(patch), rng.choice(("things", "counted", "texts", "slip", "both"))
     picture = blank(rng, SIDE, SIDE, SCALE)
     pen = ImageDraw.Draw(picture)
     add_clutter(rng, pen, SIDE, SIDE)
-    if mode != "texts":
-        largest = rng.choice((12, 22))
-        radii = [rng.uniform(8, largest) for _ in range(rng.randint(1, 4 if largest > 12 or mode == "both" else 12))]
-        for spot, radius in zip(place(rng, radii), radii):
-            thing = Thing(*rng.choice(TRAINED_PAIRS), *spot, radius)
-            draw_thing(pen, thing, jitter(rng, COLOURS[thing.colour]))
-            labels.add_thing(thing)
+    things = []
+    if mode == "counted":
+        things = counted_scene(rng, draw_counts(rng, split, rng.choice(SHAPES), rng.randint(0, MAX_COUNT)))
+    elif mode in ("things", "both"):
+        things = scattered(rng)
+    for thing in things:
+        draw_thing(pen, thing, jitter(rng, COLOURS[thing.colour]))
+    labels.add_things(things)
     picture = picture.reduce(SCALE)
-    if mode != "things":
-        write_lines(rng, split, ImageDraw.Draw(picture), labels, rng.randint(2, 6) if mode == "texts" else 1)
+    if mode == "slip":
+        write_slip(rng, split, ImageDraw.Draw(picture), labels)
+    elif mode in ("texts", "both"):
+        lines = rng.randint(1, MAX_LINES) if mode == "texts" else 1
+        write_lines(rng, split, ImageDraw.Draw(picture), labels, lines)
     return add_noise(rng, picture), labels.maps
 
 
+def scattered(rng: random.Random) -> list[Thing]:
+    """One to four things of any size."""
+    radii = [rng.uniform(10, 22) for _ in range(rng.randint(1, 4))]
+    return [Thing(*rng.choice(TRAINED_PAIRS), *spot, radius) for spot, radius in zip(place(rng, radii), radii)]
+
+
 def write_lines(rng: random.Random, split: Split, pen: ImageDraw.ImageDraw, labels: Labels, lines: int) -> None:
-    """So many lines of capitals, numbers or goods with prices; each in any font that fits."""
+    """So many lines of capitals or numbers, each in any font that fits."""
     step, colour = SIDE / lines, ink(rng)
     for line in range(lines):
-        text = draw_string(rng, split) if rng.random() < 0.7 else rng.choice(GOODS)
+        text = draw_string(rng, split)
         face = any_font(rng, 12, min(26, int(step)) if step > 14 else 14)
         while text_size(text, face)[0] > SIDE - 4:
             face = any_font(rng, 12, 16)
@@ -99,7 +126,19 @@ def write_lines(rng: random.Random, split: Split, pen: ImageDraw.ImageDraw, labe
         x = round(rng.uniform(1, SIDE - width - 2))
         y = round(line * step + rng.uniform(0, max(0.0, step - height - 1)))
         draw_text(pen, (x, y), text, face, colour)
-        labels.add_text((x, y), text, face)
+        labels.add_text((x, y), text, face, line)
+
+
+def write_slip(rng: random.Random, split: Split, pen: ImageDraw.ImageDraw, labels: Labels) -> None:
+    """Goods on the left, prices on the right, in one font."""
+    items, face, colour = draw_items(rng, split), any_font(rng, 13, 16), ink(rng)
+    step = (SIDE - 4) / len(items)
+    for line, (name, price) in enumerate(items):
+        y = round(line * step + rng.uniform(0, max(0.0, step - 16)))
+        for text, is_right in ((name, False), (str(price), True)):
+            x = round(SIDE - text_size(text, face)[0] - rng.uniform(3, 8) if is_right else rng.uniform(3, 8))
+            draw_text(pen, (x, y), text, face, colour)
+            labels.add_text((x, y), text, face, line)
 
 
 class LabelledPictures(IterableDataset):
@@ -124,7 +163,7 @@ class LabelledPictures(IterableDataset):
 
     def row(self, rng: random.Random) -> dict[str, torch.Tensor]:
         picture, maps = draw_labelled(rng, self.split, self.patch)
-        pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+        pixels = (np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 255 - PIXEL_MEAN) / PIXEL_STD
         return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(maps)}
 
 
@@ -139,7 +178,7 @@ class TowerPretraining(nn.Module):
         self.head = nn.Linear(channels, QUARTERS**2 * sum(number + 1 for number in KINDS.values()))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, Any]:
-        """`logits`: for each of `KINDS` `(batch, classes, side, side)`; `loss`: their mean cross entropies, added."""
+        """`logits`: for each of `KINDS` `(batch, classes, side, side)`; `loss`: the sum of their cross entropies."""
         features = self.norm(self.tower(pixel_values=pixel_values).last_hidden_state)
         side = int(features.shape[1] ** 0.5)
         cells = self.head(features).unflatten(1, (side, side)).unflatten(3, (QUARTERS, QUARTERS, -1))
@@ -147,7 +186,11 @@ class TowerPretraining(nn.Module):
         logits = maps.split([number + 1 for number in KINDS.values()], dim=1)
         if labels is None:
             return {"logits": logits}
-        losses = [F.cross_entropy(logit.float(), labels[:, kind]) for kind, logit in enumerate(logits)]
+        losses = []
+        for kind, logit in enumerate(logits):
+            weights = torch.ones(logit.shape[1], device=logit.device)
+            weights[0] = EMPTY_WEIGHT
+            losses.append(F.cross_entropy(logit.float(), labels[:, kind], weights))
         return {"loss": torch.stack(losses).sum(), "logits": logits}
 
     @torch.no_grad()

@@ -43,6 +43,7 @@ MAX_PRICE = 19
 
 BUCKETS = 8
 CONSONANTS, VOWELS, LETTERS = "BCDFGHJKLMNPRSTVWXZ", "AEIOU", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MAX_LETTERS = 6
 LEXICON_SIZE, LEXICON_SEED = 600, "lexicon"
 
 
@@ -53,8 +54,8 @@ def split_of(text: str) -> Split:
 
 
 def random_word(rng: random.Random) -> str:
-    """3 to 6 capitals, half of the time pronounceable."""
-    length = rng.randint(3, 6)
+    """3 to `MAX_LETTERS` capitals, half of the time pronounceable."""
+    length = rng.randint(3, MAX_LETTERS)
     if rng.random() < 0.5:
         return "".join(rng.choice(LETTERS) for _ in range(length))
     start = rng.randrange(2)
