@@ -1,5 +1,6 @@
 """examples/nano: the stream of conversations, the untrained model, training that resumes, scores and the plot."""
 
+import copy
 import json
 import random
 import shutil
@@ -20,11 +21,12 @@ from answering import answer, score
 from dataset import SIZES, TASKS, WINDOW, NanoDataset, size_of
 from drawing import Thing
 from fonts import font
+from optimizer import MuonAdamW
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 from vila import VilaForConditionalGeneration
-from vila.training_vila import VilaDataCollator
+from vila.training_vila import VilaDataCollator, train_only
 from vocabulary import COLOURS, SHAPES
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -180,11 +182,11 @@ def test_the_loss_falls_in_a_plain_trainer(tmp_path, model, processor):
 
 @pytest.fixture
 def tiny_recipe(monkeypatch, small):
-    stages = [replace(stage, samples=24, watched=("naming",)) for stage in recipe.STAGES if stage.name != "sft"]
+    changes = {"samples": 24, "watched": ("naming",), "batch_size": 2}
+    stages = [replace(stage, **changes) for stage in recipe.STAGES if stage.name != "sft"]
     monkeypatch.setattr(
         recipe, "STAGES", tuple(replace(s, mixture={"naming": 1, "text": 1} if s.mixture else {}) for s in stages)
     )
-    monkeypatch.setattr(recipe, "BATCH_SIZE", 2)
     monkeypatch.setattr(train.Monitor.__init__, "__defaults__", (2,))
     monkeypatch.setattr(build, "build", lambda folder, seed: shutil.copytree(small, folder))
     threads = torch.get_num_threads()
@@ -220,9 +222,8 @@ def test_a_time_is_turned_into_steps(tmp_path, tiny_recipe, monkeypatch):
     assert train.plan_steps(tmp_path, options, options.planned[0], None, None) == round(120 / 0.5 / 4)
 
 
-def test_pace_is_measured_for_every_size(model, processor, monkeypatch):
-    monkeypatch.setattr(recipe, "BATCH_SIZE", 2)
-    stage = replace(recipe.STAGES[-1], mixture={"naming": 1, "text": 3})
+def test_pace_is_measured_for_every_size(model, processor):
+    stage = replace(recipe.STAGES[-1], batch_size=2, mixture={"naming": 1, "text": 3})
     paces = train.seconds_per_size(model, VilaDataCollator(processor), stage, 0)
     assert set(paces) == {"picture", "text"} and min(paces.values()) > 0
 
@@ -264,6 +265,30 @@ def test_labels_say_what_is_drawn_where():
 class Echo(torch.nn.Module):
     def forward(self, pixel_values):
         return SimpleNamespace(last_hidden_state=pixel_values)
+
+
+def test_matrices_of_layers_go_through_muon(model):
+    trainee = train_only(copy.deepcopy(model), ("vision_tower", "projector", "language_model"))
+    optimizer = MuonAdamW(trainee, 1e-2, 0.0, 0.98)
+    muon, adamw = optimizer.parts
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    counts = [
+        sum(weight.numel() for group in part.param_groups for weight in group["params"]) for part in (muon, adamw)
+    ]
+    assert sum(counts) == sum(weight.numel() for weight in trainee.parameters()) and min(counts) > 0
+    before = {name: weight.detach().clone() for name, weight in trainee.named_parameters()}
+    for weight in trainee.parameters():
+        weight.grad = torch.randn_like(weight)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.5e-2}
+    optimizer.step()
+    assert all((weight != before[name]).any() for name, weight in trainee.named_parameters())
+    other = MuonAdamW(trainee, 1e-3, 0.0, 0.98)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [group["lr"] for group in other.param_groups] == [0.5e-2] * 2
+    assert all(
+        group is own for group, own in zip(other.param_groups, (g for p in other.parts for g in p.param_groups))
+    )
 
 
 def test_the_head_puts_quarters_where_they_belong(model):

@@ -26,6 +26,7 @@ class Stage:
         samples: conversations that it takes by default.
         share: of the time, where a time is given instead.
         watched: trials whose accuracy is measured on the validation split meanwhile.
+        batch_size: rows of a device batch; `ACCUMULATION` of them are a step.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stage:
     samples: int
     share: float
     watched: tuple[str, ...]
+    batch_size: int = 16
 
 
 TEXT = {"text": 1.0}
@@ -72,33 +74,33 @@ INSTRUCTIONS = {
 SEEN = ("naming", "yes_no", "count", "read")
 
 STAGES = (
-    Stage("tower", ("vision_tower",), {}, 2e-3, "cosine", 200_000, 0.20, ()),
-    Stage("language", ("language_model",), TEXT, 1e-3, "cosine", 30_000, 0.06, ("text",)),
+    Stage("tower", ("vision_tower",), {}, 3e-3, "cosine", 500_000, 0.45, (), batch_size=32),
+    Stage("language", ("language_model",), TEXT, 2e-3, "cosine", 15_000, 0.04, ("text",)),
     Stage("align", ("projector",), {"caption": 1.0}, 1e-3, "cosine", 6_000, 0.01, ("naming", "read")),
     Stage(
         "pretrain",
         ("projector", "language_model"),
         INTERLEAVED,
-        1e-3,
+        2e-3,
         "constant_with_warmup",
-        100_000,
-        0.30,
+        60_000,
+        0.16,
         (*SEEN, "fewshot_4", "text"),
     ),
     Stage(
         "sft",
         EVERYTHING,
         INSTRUCTIONS,
-        1e-3,
+        2e-3,
         "cosine",
-        160_000,
-        0.43,
+        120_000,
+        0.34,
         (*SEEN, "compare", "tiles_on", "direction", "order", "flashes", "receipt_steps", "fewshot_4", "text"),
     ),
 )
 
 WARMUP_RATIO, WEIGHT_DECAY, BETA2, MAX_GRAD_NORM = 0.03, 0.02, 0.98, 1.0
-BATCH_SIZE, ACCUMULATION = 16, 2
+ACCUMULATION = 2
 
 
 def recipe(

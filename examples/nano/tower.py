@@ -87,7 +87,7 @@ class Labels:
 
 def draw_labelled(rng: random.Random, split: Split, patch: int) -> tuple[Image.Image, np.ndarray]:
     """A picture of one tile with things, texts or both, and its label maps `(kinds, side, side)`."""
-    labels, mode = Labels(patch), rng.choice(("things", "counted", "texts", "slip", "both"))
+    labels, mode = Labels(patch), rng.choice(("things", "counted", "texts", "texts", "slip", "both"))
     picture = blank(rng, SIDE, SIDE, SCALE)
     pen = ImageDraw.Draw(picture)
     add_clutter(rng, pen, SIDE, SIDE)
@@ -115,7 +115,7 @@ def scattered(rng: random.Random) -> list[Thing]:
 
 
 def write_lines(rng: random.Random, split: Split, pen: ImageDraw.ImageDraw, labels: Labels, lines: int) -> None:
-    """So many lines of capitals or numbers, each in any font that fits."""
+    """So many lines of capitals and numbers, each in any font that fits, with as many strings as fit."""
     step, colour = SIDE / lines, ink(rng)
     for line in range(lines):
         text = draw_string(rng, split)
@@ -125,8 +125,11 @@ def write_lines(rng: random.Random, split: Split, pen: ImageDraw.ImageDraw, labe
         width, height = text_size(text, face)
         x = round(rng.uniform(1, SIDE - width - 2))
         y = round(line * step + rng.uniform(0, max(0.0, step - height - 1)))
-        draw_text(pen, (x, y), text, face, colour)
-        labels.add_text((x, y), text, face, line)
+        while x + width < SIDE - 1:
+            draw_text(pen, (x, y), text, face, colour)
+            labels.add_text((x, y), text, face, line)
+            x, text = x + width + rng.randint(8, 16), draw_string(rng, split)
+            width = text_size(text, face)[0]
 
 
 def write_slip(rng: random.Random, split: Split, pen: ImageDraw.ImageDraw, labels: Labels) -> None:

@@ -20,6 +20,7 @@ import torch
 from build import save
 from dataset import NanoDataset, size_of
 from monitoring import LOG, Monitor
+from optimizer import MuonAdamW
 from recipe import Stage
 from torch.utils.data import default_collate
 from tower import LabelledPictures, TowerPretraining
@@ -66,7 +67,8 @@ def load(folder: Path) -> Any:
 def seconds_per_sample(trainee: Any, collator: Any, stage: Stage, seed: int) -> float:
     """Mean over the mixture."""
     if not stage.mixture:
-        return seconds_per_row(trainee, collator, LabelledPictures(build.PATCH, recipe.BATCH_SIZE, seed))
+        pictures = LabelledPictures(build.PATCH, stage.batch_size, seed)
+        return seconds_per_row(trainee, collator, pictures, stage.batch_size)
     seconds = seconds_per_size(trainee, collator, stage, seed)
     return sum(share * seconds[size_of(task)] for task, share in stage.mixture.items()) / sum(stage.mixture.values())
 
@@ -76,11 +78,12 @@ def seconds_per_size(model: Any, collator: Any, stage: Stage, seed: int) -> dict
     seconds: dict[str, float] = {}
     for size in dict.fromkeys(map(size_of, stage.mixture)):
         alike = {task: share for task, share in stage.mixture.items() if size_of(task) == size}
-        seconds[size] = seconds_per_row(model, collator, NanoDataset(alike, recipe.BATCH_SIZE, seed))
+        rows = NanoDataset(alike, stage.batch_size, seed)
+        seconds[size] = seconds_per_row(model, collator, rows, stage.batch_size)
     return seconds
 
 
-def seconds_per_row(trainee: Any, collator: Any, dataset: Any) -> float:
+def seconds_per_row(trainee: Any, collator: Any, dataset: Any, batch_size: int) -> float:
     """Seconds that a row takes, forward and backward, from a few batches."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     trainee.to(device).train()
@@ -88,12 +91,12 @@ def seconds_per_row(trainee: Any, collator: Any, dataset: Any) -> float:
     for number in range(TIMED_BATCHES + 1):
         if number == 1:  # the first one is slower than all others
             started = time.monotonic()
-        batch = collator(list(islice(rows, recipe.BATCH_SIZE)))
+        batch = collator(list(islice(rows, batch_size)))
         with torch.autocast(device.type, torch.bfloat16):
             loss = trainee(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
         loss.backward()
         trainee.zero_grad()
-    return (time.monotonic() - started) / TIMED_BATCHES / recipe.BATCH_SIZE
+    return (time.monotonic() - started) / TIMED_BATCHES / batch_size
 
 
 def plan_steps(folder: Path, options: argparse.Namespace, stage: Stage, model: Any, collator: Any) -> int:
@@ -101,7 +104,7 @@ def plan_steps(folder: Path, options: argparse.Namespace, stage: Stage, model: A
     path = folder / PLAN
     if path.is_file():
         return json.loads(path.read_text())["steps"]
-    rows = recipe.BATCH_SIZE * recipe.ACCUMULATION
+    rows = stage.batch_size * recipe.ACCUMULATION
     samples, pace, shares = stage.samples * options.samples, None, sum(stage.share for stage in options.planned)
     if options.minutes is not None:
         pace = seconds_per_sample(model, collator, stage, options.seed)
@@ -115,15 +118,12 @@ def training_arguments(folder: Path, options: argparse.Namespace, stage: Stage, 
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=recipe.BATCH_SIZE,
+        per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=recipe.ACCUMULATION,
         learning_rate=stage.learning_rate,
         lr_scheduler_type=stage.schedule,
         warmup_steps=recipe.WARMUP_RATIO,  # below 1 it is a share of all steps
-        weight_decay=recipe.WEIGHT_DECAY,
-        adam_beta2=recipe.BETA2,
         max_grad_norm=recipe.MAX_GRAD_NORM,
-        optim="adamw_torch_fused",
         bf16=True,
         use_cpu=not torch.accelerator.is_available(),
         seed=options.seed,
@@ -152,9 +152,9 @@ def batches_done(checkpoint: str | None) -> int:
 def materials(stage: Stage, model: Any, processor: Any, seed: int, start: int) -> tuple[Any, Any, Any]:
     """What is trained in a stage, the collator and the stream, which begins with batch number `start`."""
     if not stage.mixture:
-        data = LabelledPictures(build.PATCH, recipe.BATCH_SIZE, seed, start)
+        data = LabelledPictures(build.PATCH, stage.batch_size, seed, start)
         return TowerPretraining(model.model.vision_tower), default_collate, data
-    data = NanoDataset(stage.mixture, recipe.BATCH_SIZE, seed, start)
+    data = NanoDataset(stage.mixture, stage.batch_size, seed, start)
     return train_only(model, stage.tuned), VilaDataCollator(processor), data
 
 
@@ -166,13 +166,14 @@ def run_stage(stage: Stage, start: Path, folder: Path, options: argparse.Namespa
     last = get_last_checkpoint(str(folder))
     trainee, collator, data = materials(stage, model, processor, options.seed, batches_done(last))
     steps = plan_steps(folder, options, stage, trainee, collator)
-    rows_per_step, every = recipe.BATCH_SIZE * recipe.ACCUMULATION, max(1, steps // MEASUREMENTS)
+    rows_per_step, every = stage.batch_size * recipe.ACCUMULATION, max(1, steps // MEASUREMENTS)
     trainer = Trainer(
         trainee,
         training_arguments(folder, options, stage, steps),
         data_collator=collator,
         train_dataset=data,
         processing_class=processor,
+        optimizers=(MuonAdamW(trainee, stage.learning_rate, recipe.WEIGHT_DECAY, recipe.BETA2), None),
         callbacks=[Monitor(options.output / LOG, stage, processor, rows_per_step, every)],
     )
     trainer.train(resume_from_checkpoint=last)
