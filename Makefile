@@ -16,9 +16,9 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# answers about $(PICTURE), or about a picture it draws, with a tiny untrained checkpoint
+# draws pictures and a clip, asks vila-nano about them and judges its answers; or describes $(PICTURE)
 demo: $(INSTALLED)
-	$(PYTHON) examples/demo.py $(PICTURE)
+	$(PYTHON) examples/nano/demo.py $(PICTURE)
 
 test: lint
 	$(PYTHON) -m pytest -c tests/pytest.ini tests
@@ -47,4 +47,4 @@ docs: $(INSTALLED)
 	$(PYTHON) -m pdoc --output-directory build/docs vila $(patsubst %.py,vila.%,$(filter-out __init__.py,$(wildcard *.py)))
 
 clean:
-	rm -rf $(VENV) demo-model build *.egg-info
+	rm -rf $(VENV) demo-drawings build *.egg-info

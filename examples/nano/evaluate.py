@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from answering import BATCH_SIZE, Score, score
@@ -53,10 +54,10 @@ def evaluate(model: object, processor: object, options: argparse.Namespace) -> l
     return scores
 
 
-def table(scores: list[Score]) -> str:
-    """Markdown."""
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Markdown of rows that `Score.as_dict` made."""
     lines = ["| task | score | 95 % interval | chance | goal |", "|---|---|---|---|---|"]
-    for row in map(Score.as_dict, scores):
+    for row in rows:
         low, high = row["interval"]
         goal = "" if row["goal"] is None else f"{100 * row['goal'][0]:.0f} to {100 * row['goal'][1]:.0f} %"
         lines.append(
@@ -72,12 +73,12 @@ def main(arguments: list[str]) -> None:
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype).to(device).eval()
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     scores = evaluate(model, processor, options)
+    rows = [row.as_dict() for row in scores]
     if options.json:
-        rows = [row.as_dict() for row in scores]
         content = {"model": options.model, "seed": options.seed, "samples": options.samples, "scores": rows}
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
-        sys.stdout.write(table(scores) + "\n")
+        sys.stdout.write(table_of(rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,195 @@
+"""The embedded checkpoint: what it answers, and everything that shows it (demo, notebook, LoRA)."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import demo
+import evaluate
+import judge
+import nbformat
+import publish
+import pytest
+import torch
+from answering import answer, score
+from conftest import REPOSITORY
+from episodes import image_block
+from nbclient import NotebookClient
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+FOLDER = evaluate.DEFAULT_MODEL
+SCORES = {row["trial"]: row for row in json.loads((FOLDER / publish.SCORES).read_text())["scores"]}
+GOALS = [trial for trial, row in SCORES.items() if row["goal"]]
+MAX_BYTES = 16_000_000
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModel.from_pretrained(FOLDER, trust_remote_code=True, dtype="float32").eval()
+
+
+def episodes_of(trial, count, seed=1):
+    return list(judge.TRIALS[trial].episodes(count, seed))
+
+
+def accuracy(model, processor, episodes, max_new_tokens=16):
+    answers = answer(model, processor, episodes, max_new_tokens)
+    return sum(map(judge.is_right, episodes, answers)) / len(episodes)
+
+
+# ----------------------------------------------------------------------------------------------------- the folder
+
+
+def test_the_folder_is_small_and_has_no_copy_of_the_code():
+    (weights,) = FOLDER.glob("*.safetensors")
+    assert weights.stat().st_size <= MAX_BYTES
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
+    modules = sorted(FOLDER.glob("*.py"))
+    assert modules and all(module.resolve() == REPOSITORY / module.name for module in modules)
+
+
+def test_links_are_those_that_the_modules_need(tmp_path):
+    publish.link_modules(tmp_path)
+    assert {link.name for link in tmp_path.iterdir()} == {module.name for module in FOLDER.glob("*.py")}
+
+
+def test_the_card_and_the_readme_show_the_measured_scores():
+    table = evaluate.table_of(list(SCORES.values()))
+    assert table in (FOLDER / "README.md").read_text()
+    assert table in (REPOSITORY / "README.md").read_text()
+
+
+def test_published_folders_are_loadable(tmp_path):
+    report = FOLDER / publish.SCORES
+    target = tmp_path / "checkpoints" / "vila-nano"
+    publish.main([str(FOLDER), str(report), "--target", str(target)])
+    assert {path.name for path in target.iterdir()} == {path.name for path in FOLDER.iterdir()}
+    assert (target / "README.md").read_text() == (FOLDER / "README.md").read_text()
+
+
+def test_it_loads_where_the_package_is_not_installed(tmp_path):
+    """In a process of its own, from a copy of the folder."""
+    copy = shutil.copytree(FOLDER, tmp_path / "vila-nano")
+    code = (
+        "import sys; sys.modules['vila'] = None\n"
+        "from PIL import Image\n"
+        "from transformers import pipeline\n"
+        "picture = {'type': 'image', 'image': Image.new('RGB', (112, 112), 'white')}\n"
+        "content = [picture, {'type': 'text', 'text': 'Is there a star?'}]\n"
+        "pipe = pipeline('image-text-to-text', model=sys.argv[1], trust_remote_code=True)\n"
+        "print(pipe(text=[{'role': 'user', 'content': content}], max_new_tokens=4)[0]['generated_text'])\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", code, str(copy)], check=True, env=environment, cwd=tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- it sees
+
+
+@pytest.mark.parametrize("colour", ["black", "white"])
+def test_without_its_picture_an_answer_is_a_guess(model, processor, colour):
+    episodes = episodes_of("naming", 40)
+    blind = [episode.with_media((image_block(Image.new("RGB", (112, 112), colour)),)) for episode in episodes]
+    seeing = answer(model, processor, episodes, 16)
+    guessed = answer(model, processor, blind, 16)
+    assert sum(one != other for one, other in zip(seeing, guessed)) >= 20
+    assert accuracy(model, processor, blind) < 0.5 < accuracy(model, processor, episodes)
+
+
+def test_few_shot_answers_follow_the_pictures(model, processor):
+    """The names stay where they are, the pictures before them change places: another name belongs to the last one."""
+    followed = []
+    for episode in episodes_of("fewshot_4", 24):
+        *shots, last = episode.media
+        permuted = episode.with_media(*shots[1:], shots[0], last)
+        names = [turn.answer for turn in episode.turns[:-1]]
+        position = names.index(episode.target.answer)
+        expected = names[position - 1]
+        first, second = (answer(model, processor, [one], 8)[0] for one in (episode, permuted))
+        followed.append((first != second, second.strip() == expected))
+    changed, right = (sum(column) / len(followed) for column in zip(*followed))
+    low = judge.wilson(round(SCORES["fewshot_4"]["accuracy"] * len(followed)), len(followed))[0]
+    assert changed >= low and right >= low
+
+
+def test_answers_in_a_batch_equal_single_ones(model, processor):
+    trials = ("naming", "compare", "tiles_on", "direction", "receipt_steps", "fewshot_2", "text")
+    episodes = [episode for trial in trials for episode in episodes_of(trial, 2)]
+    together = answer(model, processor, episodes, 96)
+    assert together == [answer(model, processor, [episode], 96)[0] for episode in episodes]
+
+
+def test_a_hundred_answers_are_as_good_as_the_measured_scores(model, processor):
+    """Questions that were not measured; of every kind equally many."""
+    trials = [trial for trial in SCORES if "shuffled" not in trial and trial not in ("tiles_off", "fewshot_0")]
+    right = total = expected = 0
+    while total < 100:
+        for trial in trials:
+            found = score(model, processor, trial, 1, seed=100 + total)
+            right, total, expected = right + found.right, total + 1, expected + SCORES[trial]["accuracy"]
+    low, high = judge.wilson(right, total)
+    assert low <= expected / total <= high
+
+
+# --------------------------------------------------------------------------------------- demo, notebook, fine-tuning
+
+
+def test_the_demo_shows_and_judges(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "DRAWINGS", tmp_path / "drawings")
+    monkeypatch.setattr(demo, "REPOSITORY", tmp_path)
+    demo.main([])
+    shown = capsys.readouterr().out
+    drawn = {path.suffix for path in (tmp_path / "drawings").iterdir()}
+    assert drawn == {".png", ".gif"} and shown.count("(right)") + shown.count("(wrong") == len(demo.TASKS)
+    assert shown.count("(right)") >= len(demo.TASKS) - 2
+    with Image.open(tmp_path / "drawings" / "direction.gif") as clip:
+        assert clip.n_frames > 2
+
+
+def test_the_demo_describes_a_picture_that_is_given(capsys, tmp_path):
+    judge.episode_of("naming", "test", 0, 0).media[0][0]["image"].save(tmp_path / "picture.png")
+    demo.main([str(tmp_path / "picture.png")])
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_terminal_shows_pictures_of_any_size(capsys):
+    demo.show([image_block(Image.new("RGB", (300, 200), "red"))])
+    assert "255;0;0" in capsys.readouterr().out
+
+
+def test_the_notebook_runs():
+    """With a real kernel; what it shows is what is committed."""
+    path = REPOSITORY / "examples" / "quickstart.ipynb"
+    committed = nbformat.read(path, as_version=4)
+    notebook = nbformat.from_dict(committed)
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8
+    assert all(cell.outputs for cell in committed.cells if "print(" in cell.source)
+
+
+def test_lora_teaches_a_new_task(tmp_path, capsys):
+    import finetune_lora
+
+    finetune_lora.main(["--output", str(tmp_path), "--steps", "60"])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["last_loss"] < report["first_loss"] / 4
+    assert report["before"] < 0.3 and report["after"] > 0.8
+    merged = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True, dtype="float32").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    rng = random.Random("another test")
+    rows = [finetune_lora.draw_row(rng) for _ in range(32)]
+    assert finetune_lora.accuracy(merged, processor, rows) > 0.8
+    assert not any("lora" in name for name, _ in merged.named_parameters())
