@@ -14,22 +14,32 @@ from transformers import (
 )
 
 from .configuration_vila import VilaConfig
+from .configuration_vila_u import VilaUConfig
 from .image_processing_vila import VilaImageProcessor
 from .media_policy_vila import MediaPolicy
 from .modeling_vila import VilaForConditionalGeneration, VilaModel, VilaPreTrainedModel
+from .modeling_vila_u import VilaUForConditionalGeneration, VilaUModel, VilaUPreTrainedModel
 from .processing_vila import VilaProcessor
+from .processing_vila_u import VilaUProcessor
 
 AutoConfig.register("vila", VilaConfig, exist_ok=True)
 AutoImageProcessor.register(VilaConfig, image_processor_classes={"pil": VilaImageProcessor}, exist_ok=True)
 AutoProcessor.register(VilaConfig, VilaProcessor, exist_ok=True)
+AutoConfig.register("vila_u", VilaUConfig, exist_ok=True)
+AutoImageProcessor.register(VilaUConfig, image_processor_classes={"pil": VilaImageProcessor}, exist_ok=True)
+AutoProcessor.register(VilaUConfig, VilaUProcessor, exist_ok=True)
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(VilaConfig, VilaForConditionalGeneration, exist_ok=True)
+    auto_class.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
 
 # a saved model or processor carries its own code, so that it loads where this package is not installed
 VilaConfig.register_for_auto_class()
 VilaForConditionalGeneration.register_for_auto_class("AutoModel")
 VilaImageProcessor.register_for_auto_class("AutoImageProcessor")
 VilaProcessor.register_for_auto_class("AutoProcessor")
+VilaUConfig.register_for_auto_class()
+VilaUForConditionalGeneration.register_for_auto_class("AutoModel")
+VilaUProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
     "MediaPolicy",
@@ -39,4 +49,9 @@ __all__ = [
     "VilaModel",
     "VilaPreTrainedModel",
     "VilaProcessor",
+    "VilaUConfig",
+    "VilaUForConditionalGeneration",
+    "VilaUModel",
+    "VilaUPreTrainedModel",
+    "VilaUProcessor",
 ]

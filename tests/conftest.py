@@ -48,6 +48,10 @@ class GoldenCase:
         return json.loads((self.folder / "prompt.json").read_text())
 
     @property
+    def has_checkpoint(self) -> bool:
+        return (self.folder / "checkpoint").is_dir()
+
+    @property
     def chats(self) -> list:
         """The conversations, with paths into the case's folder."""
         chats = copy.deepcopy(self.prompt["batch"] if "batch" in self.prompt else [self.prompt["messages"]])

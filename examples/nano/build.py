@@ -31,7 +31,7 @@ from vila import (
     processing_vila,
 )
 from vila.chat_templates_vila import SENTINEL
-from vila.conversion_vila import AUTO_MAP
+from vila.families_vila import VILA
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -112,7 +112,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> VilaConfig:
         vision_chunk_size=64,  # so small a tower is the faster the more tiles it is given
         video_pool_sizes=[[FRAMES_PER_STEP, 2, 2]],
     )
-    config.architectures, config.auto_map = ["VilaForConditionalGeneration"], AUTO_MAP
+    config.architectures, config.auto_map = ["VilaForConditionalGeneration"], VILA.auto_map
     return config
 
 
