@@ -58,6 +58,9 @@ class VilaDataCollator:
         ValueError: if an option makes no sense.
     """
 
+    # variables of the chat template
+    template_variables: dict[str, Any] = {}
+
     def __init__(
         self,
         processor: VilaProcessor,
@@ -106,6 +109,7 @@ class VilaDataCollator:
             return_dict=True,
             return_assistant_tokens_mask=True,
             processor_kwargs={"padding": False, **self.processor_kwargs},
+            **self.template_variables,
         )
         ids, mask = torch.tensor(data.pop("input_ids")[0]), torch.tensor(data.pop("assistant_masks")[0])
         if not mask.any():

@@ -175,3 +175,88 @@ def test_sampling_filters_equal_the_original(case):
     torch.manual_seed(1234)
     drawn = torch.stack([sampling.choose(logits) for _ in case.tensors["samples_default_seed_1234"]])
     assert torch.equal(drawn, case.tensors["samples_default_seed_1234"])
+
+
+def training_row(case, conversation):
+    """A conversation of the golden as chat; the picture or frames of each side lie in files of their own."""
+    inputs = case.folder / "inputs"
+    # samples of text alone were built without the system prompt, as the golden's notes say
+    has_media = any("<image>" in turn["value"] for turn in conversation)
+    messages = [] if has_media else [{"role": "system", "content": ""}]
+    for turn in conversation:
+        is_drawn = turn["from"] == "gpt"
+        text = turn["value"]
+        content = []
+        if "<vi_start>" in text:
+            content.append({"type": "video", "path": str(inputs / "frames")})
+        elif "<image>" in text:
+            picture = "generation.png" if is_drawn else "understanding.png"
+            content.append({"type": "image", "path": str(inputs / picture)})
+        for token in ("<im_start>", "<im_end>", "<vi_start>", "<vi_end>", "<image>"):
+            text = text.replace(token, "")
+        content.append({"type": "text", "text": text.strip()})
+        messages.append({"role": "assistant" if is_drawn else "user", "content": content})
+    return {"messages": messages}
+
+
+def expand(ids, image_id, tokens):
+    """The original has one -200 per picture where ours has a placeholder per code."""
+    return [token for value in ids for token in ([image_id] * tokens if value == -200 else [value])]
+
+
+@cases_with("expanded_labels", "images")
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_equals_the_original(case, packing, folder_of):
+    from vila.training_vila_u import VilaUDataCollator
+
+    model, processor = load(folder_of(case), depth_dropout=0.0)
+    golden, tensors = case.golden, case.tensors
+    image_id, tokens = model.config.image_token_id, model.config.num_tile_tokens
+    rows = [training_row(case, conversation) for conversation in golden["conversations"]]
+    batch = VilaUDataCollator(processor, packing=packing)(rows)
+
+    assert torch.equal(batch["pixel_values"], tensors["images"])
+    if not packing:
+        for row, (ids, mask) in enumerate(zip(tensors["input_ids"], tensors["attention_mask"])):
+            expected = torch.tensor(expand(ids[mask].tolist(), image_id, tokens))
+            assert torch.equal(batch["input_ids"][row, : len(expected)], expected)
+            labels = tensors["expanded_labels"][row, : len(expected), 0]
+            is_code = labels >= model.config.text_config.vocab_size
+            assert torch.equal(batch["labels"][row, : len(expected)], labels.masked_fill(is_code, image_id))
+    expected = golden["train_mode" if packing else "eval_mode"]
+    # as the original: the depth transformer learns, the tower and its codes do not
+    model.model.vision_tower.requires_grad_(False)
+    model.model.quantizer.requires_grad_(False)
+    output = model.train(packing)(**batch)
+    for name in ("loss", "text_loss", "image_loss"):
+        close(output[name], torch.tensor(expected[name]))
+    if packing:
+        output.loss.backward()
+        check_gradients(model, golden, tensors)
+
+
+def check_gradients(model, golden, tensors):
+    from vila.weight_names_vila_u import with_module_names_u
+
+    close(model.model.depth_transformer.hidden_projection.weight.grad, tensors["grad_in_mlp_2"])
+    norms = with_module_names_u(golden["train_grad_norms"])
+    parameters = dict(model.named_parameters())
+    for name, norm in norms.items():
+        close(parameters[name].grad.norm(), torch.tensor(norm))
+
+
+@cases_with("inference_8")
+def test_frames_of_a_video_equal_the_original(case, folder_of):
+    processor = AutoProcessor.from_pretrained(folder_of(next(other for other in CASES if other.has_checkpoint)))
+    for name in [name for name in case.tensors if name.startswith("inference_")]:
+        count = int(name.removeprefix("inference_"))
+        data = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "video", "path": str(case.folder / "inputs" / "clip.mp4")}]}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"num_frames": count},
+        )
+        means = on_display(data["pixel_values"]).mean((2, 3))
+        assert len(means) == len(case.tensors[name])
+        torch.testing.assert_close(means, case.tensors[name], atol=1.0, rtol=0)
