@@ -45,15 +45,15 @@ class VilaUDepthLayer(nn.Module):
     def __init__(self, config: VilaUConfig, layer: int):
         super().__init__()
         width = config.depth_hidden_size
-        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.pre_attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.attention = VilaUDepthAttention(config, layer)
-        self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.pre_mlp_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, MLP_FACTOR * width), nn.GELU(), nn.Linear(MLP_FACTOR * width, width))
         self.dropout = nn.Dropout(config.depth_dropout)
 
     def forward(self, hidden_NDE: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        hidden_NDE = hidden_NDE + self.dropout(self.attention(self.attention_norm(hidden_NDE), cache))
-        return hidden_NDE + self.dropout(self.mlp(self.mlp_norm(hidden_NDE)))
+        hidden_NDE = hidden_NDE + self.dropout(self.attention(self.pre_attention_norm(hidden_NDE), cache))
+        return hidden_NDE + self.dropout(self.mlp(self.pre_mlp_norm(hidden_NDE)))
 
 
 class VilaUDepthTransformer(nn.Module):
