@@ -83,7 +83,7 @@ def convert(
     source = resolve_source(source)
     root = read_root_config(source)
     family = family_of(root)
-    shards = family.used_shards(part_shards(source))
+    shards = part_shards(source)
     if in_place:
         target = source
     else:
@@ -96,6 +96,7 @@ def convert(
             config = write_metadata(source, root, staging, conv_mode, DTYPES.get(shards["llm"][0].dtype, "float32"))
         except StrictDataclassError as error:
             raise ValueError(f"a config of {source} makes no sense: {error}") from error
+        shards = family.used_shards(shards, config)
         check_weights(family, config, shards)
         if not copy:
             index_parts(shards, staging, separator="/" if in_place else "-")
@@ -307,7 +308,10 @@ def to_original(source: str | Path, target: str | Path) -> Path:
     """
     source, target = Path(source), Path(target)
     config_file = source / "config.json"
-    if not config_file.is_file() or json.loads(config_file.read_text()).get("model_type") != "vila":
+    model_type = json.loads(config_file.read_text()).get("model_type") if config_file.is_file() else None
+    if model_type == "vila_u":
+        raise ValueError(f"{source} is a VILA-U: it has no way back, keep the original folder")
+    if model_type != "vila":
         raise ValueError(f"{source} is no converted VILA checkpoint")
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists and is not empty")

@@ -13,21 +13,21 @@ from .processing_vila import VilaProcessor
 from .processing_vila_u import VilaUProcessor
 from .weight_files_vila import Shard
 from .weight_names_vila import with_module_names
-from .weight_names_vila_u import UNUSED, with_module_names_u
+from .weight_names_vila_u import unused_names, with_module_names_u
 
 
 class Family(NamedTuple):
     """Classes of one family.
 
     with_module_names: a state dict under the original's names -> under the model's.
-    unused: pattern of tensors of an original that no model of the family has a place for.
+    unused_names: a config -> patterns of the tensors of an original that are left out by name.
     """
 
     config_class: type[VilaConfig]
     model_class: type[VilaForConditionalGeneration]
     processor_class: type[VilaProcessor]
     with_module_names: Callable[[Any], dict[str, Any]]
-    unused: str | None = None
+    unused_names: Callable[[Any], list[str]]
 
     @property
     def model_type(self) -> str:
@@ -51,11 +51,9 @@ class Family(NamedTuple):
         classes: list[type] = [self.model_class, self.processor_class, self.config_class]
         return [str(sys.modules[cls.__module__].__file__) for cls in classes]
 
-    def used_shards(self, shards: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
-        """The same files without the tensors that no model of the family has a place for."""
-        if self.unused is None:
-            return shards
-        pattern = re.compile(self.unused)
+    def used_shards(self, shards: dict[str, list[Shard]], config: Any) -> dict[str, list[Shard]]:
+        """The same files without the tensors that a model of this config has no place for."""
+        pattern = re.compile("|".join(self.unused_names(config)) or "(?!)")
 
         def used(shard: Shard) -> Shard:
             return shard._replace(shapes={name: s for name, s in shard.shapes.items() if not pattern.search(name)})
@@ -63,12 +61,16 @@ class Family(NamedTuple):
         return {part: [used(shard) for shard in files] for part, files in shards.items()}
 
 
+def nothing_unused(config: Any) -> list[str]:
+    return []
+
+
 def remote_name(cls: type) -> str:
     return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
 
 
-VILA = Family(VilaConfig, VilaForConditionalGeneration, VilaProcessor, with_module_names)
-VILA_U = Family(VilaUConfig, VilaUForConditionalGeneration, VilaUProcessor, with_module_names_u, "|".join(UNUSED))
+VILA = Family(VilaConfig, VilaForConditionalGeneration, VilaProcessor, with_module_names, nothing_unused)
+VILA_U = Family(VilaUConfig, VilaUForConditionalGeneration, VilaUProcessor, with_module_names_u, unused_names)
 # model_type of an original's or a converted root config
 FAMILIES = {"llava_llama": VILA, "vila": VILA, "vila_u_llama": VILA_U, "vila_u": VILA_U}
 

@@ -29,7 +29,7 @@ from .modeling_vila import (
     VilaPreTrainedModel,
     is_placeholder,
 )
-from .weight_names_vila_u import UNUSED, UNUSED_CODEBOOKS, register_weight_names_u, with_module_names_u
+from .weight_names_vila_u import register_weight_names_u, unused_names, with_module_names_u
 
 register_weight_names_u()
 
@@ -75,8 +75,8 @@ class VilaUModel(VilaUPreTrainedModel, VilaModel):  # type: ignore[misc]
         self.quantizer = VilaUResidualQuantizer(config)
         self.pixel_decoder = VilaUPixelDecoder(config)
         self.depth_transformer = VilaUDepthTransformer(config)
-        unused = [*UNUSED, *([UNUSED_CODEBOOKS] if config.shared_codebook else [])]
-        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *unused}
+        ignored = {*(self._keys_to_ignore_on_load_unexpected or ()), *unused_names(config)}
+        self._keys_to_ignore_on_load_unexpected = ignored
         self.post_init()
 
     @can_return_tuple

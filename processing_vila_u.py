@@ -39,7 +39,14 @@ class VilaUProcessor(VilaProcessor):
     """
 
     def __call__(
-        self, images: Any = None, text: Any = None, videos: Any = None, *, generation_mode: str = "text", **kwargs: Any
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        *,
+        generation_mode: str = "text",
+        negative_text: Any = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """`VilaProcessor.__call__`; with another `generation_mode`, prompts for drawing.
 
@@ -58,14 +65,15 @@ class VilaUProcessor(VilaProcessor):
         """
         check_mode(generation_mode)
         if generation_mode == "text":
+            check_no_negative(negative_text)
             return super().__call__(images, text, videos, **kwargs)
         if images is not None or videos is not None:
             raise ValueError("a description stands alone: put pictures into a chat, with apply_chat_template")
         chats = [request(prompt) for prompt in check_prompts(text)]
-        options = {name: kwargs.pop(name) for name in ("return_tensors", "negative_text") if name in kwargs}
-        return self.apply_chat_template(
-            chats, generation_mode=generation_mode, **DRAWING_CHAT, **options, processor_kwargs=kwargs
-        )
+        options = {**DRAWING_CHAT, "generation_mode": generation_mode, "negative_text": negative_text}
+        if "return_tensors" in kwargs:
+            options["return_tensors"] = kwargs.pop("return_tensors")
+        return self.apply_chat_template(chats, **options, processor_kwargs=kwargs)
 
     def apply_chat_template(
         self, conversation: Any, *args: Any, generation_mode: str = "text", negative_text: Any = None, **kwargs: Any
@@ -83,8 +91,7 @@ class VilaUProcessor(VilaProcessor):
         check_mode(generation_mode)
         data = super().apply_chat_template(conversation, *args, generation_mode=generation_mode, **kwargs)
         if generation_mode == "text":
-            if negative_text is not None:
-                raise ValueError("negative_text is for generation_mode 'image' or 'video'")
+            check_no_negative(negative_text)
             return data
         if not (isinstance(data, BatchFeature) and kwargs.get("add_generation_prompt")):
             return data
@@ -203,6 +210,11 @@ def request(text: str) -> list[dict[str, Any]]:
 def check_mode(mode: Any) -> None:
     if mode not in GENERATION_MODES:
         raise ValueError(f"unknown generation_mode {mode!r}; known are {', '.join(GENERATION_MODES)}")
+
+
+def check_no_negative(text: Any) -> None:
+    if text is not None:
+        raise ValueError("negative_text is for generation_mode 'image' or 'video'")
 
 
 def frame_break(before: str) -> str:

@@ -8,6 +8,7 @@ The other two folders are as in VILA.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -56,6 +57,11 @@ UNUSED = (
 )
 # all depths of a shared codebook are on disk, and the same
 UNUSED_CODEBOOKS = r"\.codebooks\.[1-9]\d*\."
+
+
+def unused_names(config: Any) -> list[str]:
+    """Patterns of the names in an original that a model of this config has no place for."""
+    return [*UNUSED, *([UNUSED_CODEBOOKS] if config.shared_codebook else [])]
 
 
 def with_module_names_u(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
