@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import COMMITTED_GOLDENS, GoldenCase
+from conftest import VILA_U_CASE
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,7 @@ from vila.conversion_vila import convert
 from vila.conversion_vila import main as convert_main
 from vila.generation_vila_u import VilaUPictureStreamer
 
-CASE = GoldenCase(COMMITTED_GOLDENS / "vila_u" / "image_generation")
+CASE = VILA_U_CASE
 PROMPTS = ["A snowy mountain.", "Fireworks in the air, over a river, at night.", "Cats."]
 LIKELIEST = {"do_sample": False}
 
@@ -35,19 +35,19 @@ def user(*content):
     return [{"role": "user", "content": blocks}]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return convert(CASE.folder / "checkpoint", tmp_path_factory.mktemp("vila_u") / "tiny_u")
+@pytest.fixture
+def folder(vila_u_folder):
+    return vila_u_folder
 
 
-@pytest.fixture(scope="module")
-def model(folder):
-    return AutoModel.from_pretrained(folder, dtype="float32").eval()
+@pytest.fixture
+def model(vila_u_model):
+    return vila_u_model
 
 
-@pytest.fixture(scope="module")
-def processor(folder):
-    return AutoProcessor.from_pretrained(folder)
+@pytest.fixture
+def processor(vila_u_processor):
+    return vila_u_processor
 
 
 @pytest.fixture
