@@ -51,6 +51,7 @@ class VilaUConfig(VilaConfig):
     """
 
     model_type = "vila_u"
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "text_loss", "image_loss"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             config_class=AutoConfig, model_type="siglip_vision_model", init_kwargs={"vision_use_head": False}

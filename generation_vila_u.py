@@ -44,7 +44,8 @@ def context_length(text_config: Any) -> float:
     """Positions that the language model was made for, scaled rope included."""
     length = getattr(text_config, "max_position_embeddings", None) or math.inf
     rope = getattr(text_config, "rope_parameters", None) or {}
-    return length * (rope.get("factor") or 1)
+    # of other kinds the length is the scaled one already
+    return length * (rope["factor"] if rope.get("rope_type") in ("linear", "dynamic") else 1)
 
 
 def join_left_padded(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -216,7 +216,9 @@ def test_trainer_lowers_both_losses(vila_u_folder, processor, tmp_path, packing)
 
     before = measure()
     tower = trained.model.quantizer.codebooks[0].weight.clone()
-    Trainer(trained, arguments, data_collator=collator, train_dataset=ROWS).train()
+    trainer = Trainer(trained, arguments, data_collator=collator, train_dataset=ROWS, eval_dataset=ROWS)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
     after = measure()
     assert after[0] < before[0] and after[1] < before[1]
     assert torch.equal(trained.model.quantizer.codebooks[0].weight, tower)

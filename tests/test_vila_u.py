@@ -2,23 +2,37 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import VILA_U_CASE
+from conftest import REPOSITORY, VILA_U_CASE
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, GenerationConfig, LogitsProcessorList, pipeline
+from sparse import write_shards, write_sparse
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    GenerationConfig,
+    LogitsProcessorList,
+    SiglipConfig,
+    SiglipModel,
+    pipeline,
+)
 from vila import VilaUConfig
 from vila.conversion_vila import convert
 from vila.conversion_vila import main as convert_main
 from vila.generation_vila_u import VilaUPictureStreamer
+from vila.original_config_vila_u import SIGLIP_CONFIGS, siglip_config
 
 CASE = VILA_U_CASE
 PROMPTS = ["A snowy mountain.", "Fireworks in the air, over a river, at night.", "Cats."]
@@ -243,6 +257,29 @@ def test_picture_streamer_shows_ever_more_rows_and_in_the_end_the_picture(model,
     output = draw(model, processor, PROMPTS[:1], streamer=VilaUPictureStreamer(model, shown.append))
     assert [pixels.shape for pixels in shown] == [(1, 3, 8 * rows, 64) for rows in range(1, 9)]
     torch.testing.assert_close(shown[-1], output.pixel_values, atol=1e-5, rtol=0)
+
+
+def test_picture_streamer_begins_anew_with_every_frame(model, processor):
+    shown = []
+    streamer = VilaUPictureStreamer(model, shown.append)
+    output = draw(model, processor, PROMPTS[:1], mode="video", num_frames=2, streamer=streamer)
+    assert [pixels.shape[2] for pixels in shown] == [8 * rows for rows in range(1, 9)] * 2
+    torch.testing.assert_close(torch.stack([shown[7], shown[15]], dim=1), output.pixel_values, atol=1e-5, rtol=0)
+
+
+def test_padding_in_front_of_a_prompt_takes_no_positions(model, processor):
+    positions = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    inputs = processor(text=PROMPTS[:2], generation_mode="image", return_tensors="pt")
+    model.generate(**inputs, generation_mode="image", **LIKELIEST)
+    hook.remove()
+    lengths = [*inputs["attention_mask"].sum(1).tolist(), inputs["negative_prompt_attention_mask"].sum().item()]
+    assert len(set(lengths)) == 3
+    assert positions[0][:, -1].tolist() == [length - 1 for length in lengths]
+    negative = lengths[2] + len(positions) - 2
+    assert positions[-1][:, 0].tolist() == [n + len(positions) - 2 for n in lengths[:2]] + [negative] * 2
 
 
 def test_picture_in_the_prompt_is_seen(model, processor):
@@ -533,6 +570,16 @@ def test_saved_model_loads_and_has_the_originals_names(model, processor, tmp_pat
     assert draw(loaded, AutoProcessor.from_pretrained(target), PROMPTS[:1]).sequences.shape == (1, 64, 4)
 
 
+def test_conversion_in_place_links_nothing_and_copies_nothing(tmp_path):
+    source = shutil.copytree(CASE.folder / "checkpoint", tmp_path / "in_place_u")
+    weights = {path: path.stat().st_ino for path in source.rglob("*.safetensors")}
+    assert convert(source, in_place=True) == source
+    assert {path: path.stat().st_ino for path in source.rglob("*.safetensors")} == weights
+    _, info = AutoModel.from_pretrained(source, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert json.loads((source / "original_files" / "config.json").read_text())["model_type"] == "vila_u_llama"
+
+
 def edited(tmp_path, file, change):
     """A copy of the original with one JSON file changed."""
     source = tmp_path / "original_u"
@@ -598,8 +645,6 @@ def test_missing_weight_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["google/siglip-large-patch16-256", "google/siglip-so400m-patch14-384"])
 def test_released_towers_are_known_without_a_download(name, tmp_path):
-    from vila.original_config_vila_u import siglip_config
-
     config = VilaUConfig(vision_config=siglip_config(name, tmp_path))
     assert config.code_grid == {"large": (16, 16), "so400m": (27, 27)}[name.split("-")[1]]
 
@@ -701,3 +746,95 @@ def test_command_says_which_checkpoints_cannot_draw(converted):
 
     with pytest.raises(SystemExit, match="cannot draw"):
         main(["--model_path", str(converted("nvila_lite_image")), "--prompt", "a"])
+
+
+# ------------------------------------------------------------------------------------------------------- the real size
+
+# sizes of vila-u-7b-256, as far as they are known
+LLAMA_7B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32004, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "rope_scaling": {"type": "linear", "factor": 2.0},
+}  # fmt: skip
+TOWER_7B = {
+    "model_type": "rqvaesigliptransformer_model",
+    "hidden_size": 1024,
+    "rqvaesiglip": {
+        "n_embed": 16384, "embed_dim": 1024, "code_shape": [16, 16, 4], "latent_shape": [16, 16, 1024],
+        "shared_codebook": True, "decoder_latent_shape": None, "pretrained_model": "google/siglip-large-patch16-256",
+        "ddconfig": {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [16],
+                     "resolution": 256, "z_channels": 256, "out_ch": 3},
+    },
+    "rqtransformer": {"embed_dim": 2560, "head": {"n_layer": 6, "block": {"n_head": 40}}, "vocab_size": 16384},
+}  # fmt: skip
+SPELLINGS = {
+    "code_projection": "in_mlp_1", "hidden_projection": "in_mlp_2", "position_embedding": "pos_emb_d",
+    "layers": "head_transformer.blocks", "pre_attention_norm": "ln1", "pre_mlp_norm": "ln2", "attention": "attn",
+    "q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "proj", "norm": "classifier_mlp.layer_norm",
+    "head": "classifier_mlp.linear",
+}  # fmt: skip
+
+
+def shapes_of(module, prefix=""):
+    return {prefix + name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def released_tower():
+    """Names and shapes in the tower's file of the release."""
+    from vila.codes_vila_u import VilaUPixelDecoder
+    from vila.depth_transformer_vila_u import VilaUDepthTransformer
+
+    siglip = SIGLIP_CONFIGS["google/siglip-large-patch16-256"]
+    with torch.device("meta"):
+        config = VilaUConfig(vision_config=siglip_config("google/siglip-large-patch16-256", Path()))
+        whole = SiglipModel(SiglipConfig(vision_config=siglip, text_config={**siglip, "vocab_size": 32000}))
+        shapes = shapes_of(whole, "rqvaesiglip.siglip_model.")
+        for name, shape in shapes_of(VilaUPixelDecoder(config)).items():
+            shapes["rqvaesiglip." + ("" if name.startswith("post_quant") else "decoder.") + name] = shape
+        for name, shape in shapes_of(VilaUDepthTransformer(config)).items():
+            shapes["rqtransformer." + ".".join(SPELLINGS.get(part, part) for part in name.split("."))] = shape
+    for depth in range(4):
+        book = f"rqvaesiglip.quantizer.codebooks.{depth}."
+        shapes |= {
+            book + "weight": [16385, 1024],
+            book + "embed_ema": [16384, 1024],
+            book + "cluster_size_ema": [16384],
+        }
+    return shapes | {"rqvaesiglip.logit_scale": [1], "rqvaesiglip.logit_bias": [1]}
+
+
+def test_release_converts_at_its_real_size(tmp_path):
+    source = shutil.copytree(CASE.folder / "checkpoint", tmp_path / "vila-u-7b-256")
+    tower = released_tower()
+    # what is known of the released file
+    assert len(tower) == 1107
+    assert abs(2 * sum(math.prod(shape) for shape in tower.values()) / 1e9 - 2.7126) < 0.001
+    for part, config in (("llm", LLAMA_7B), ("vision_tower", TOWER_7B)):
+        (source / part / "config.json").write_text(json.dumps(config))
+        (source / part / "model.safetensors").unlink()
+    with torch.device("meta"):
+        llm = shapes_of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source / "llm")))
+    write_shards(source / "llm", llm, 3)
+    write_sparse(source / "vision_tower" / "model.safetensors", tower)
+    projector = {"layers.0.weight": [4096, 1024], "layers.0.bias": [4096]}
+    projector |= {"layers.2.weight": [4096, 4096], "layers.2.bias": [4096]}
+    write_sparse(source / "mm_projector" / "model.safetensors", projector)
+    target = convert(source, tmp_path / "converted_7b_u")
+    config, processor = AutoConfig.from_pretrained(target), AutoProcessor.from_pretrained(target)
+    assert config.num_tile_tokens == processor.num_tile_tokens == 256
+    assert (config.code_depth, config.codebook_size) == (4, 16384)
+    drawing = json.loads((target / "generation_config.json").read_text())["drawing"]
+    assert drawing["top_k"] == 900
+    named = json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]
+    # the text tower, three codebooks and the statistics: about a quarter of the tower's numbers
+    assert sum(math.prod(shape) for name, shape in tower.items() if name not in named) > 3.9e8
+
+
+def test_readme_draws(model, processor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = (REPOSITORY / "README.md").read_text().split("\n## Draw\n")[1].split("\n## ")[0]
+    (snippet,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {"model": model, "processor": processor}
+    exec(snippet.replace("num_frames=8", "num_frames=2"), names)
+    assert len(names["pictures"]) == 8 and len(names["frames"]) == 2
+    assert (tmp_path / "fireworks.mp4").stat().st_size
