@@ -14,12 +14,16 @@ from .configuration_vila import MAX_LAYERS, VilaConfig, first, raise_value_error
 from .geometry_vila import patches_per_side
 
 POSITIVE = (
-    "codebook_size", "depth_hidden_size", "depth_num_heads", "decoder_channels", "decoder_num_res_blocks",
-    "decoder_resolution", "decoder_latent_channels",
+    "codebook_size", "depth_hidden_size", "depth_num_heads", "decoder_channels", "decoder_resolution",
+    "decoder_latent_channels",
 )  # fmt: skip
 # channels per group are normalised together in the pixel decoder: 32 groups, whatever the width
 NORM_GROUPS = 32
 MAX_DEPTH = 64
+# of the decoder: rows or columns of its input, and layers of one level
+MAX_LATENT_SIDE = 2**10
+MAX_BLOCKS = 64
+MAX_LEVELS = 16
 
 
 @raise_value_errors
@@ -104,9 +108,10 @@ class VilaUConfig(VilaConfig):
         self._check_decoder()
 
     def _check_decoder(self) -> None:
+        require_positive(self.decoder_num_res_blocks, "decoder_num_res_blocks", MAX_BLOCKS)
         multipliers = list(self.decoder_channel_multipliers)
-        if not multipliers or len(multipliers) > 16:
-            raise ValueError(f"decoder_channel_multipliers must hold 1 to 16 numbers, got {multipliers}")
+        if not 1 <= len(multipliers) <= MAX_LEVELS:
+            raise ValueError(f"decoder_channel_multipliers must hold 1 to {MAX_LEVELS} numbers, got {multipliers}")
         for factor in multipliers:
             require_positive(factor, "decoder_channel_multipliers")
             if self.decoder_channels * factor % NORM_GROUPS:
@@ -116,7 +121,7 @@ class VilaUConfig(VilaConfig):
             if len(shape) != 2:
                 raise ValueError(f"decoder_latent_shape must be [rows, columns], got {list(shape)}")
             for side in shape:
-                require_positive(side, "decoder_latent_shape")
+                require_positive(side, "decoder_latent_shape", MAX_LATENT_SIDE)
 
 
 __all__ = ["VilaUConfig"]

@@ -94,6 +94,8 @@ class VilaUGenerationMixin(VilaGenerationMixin):
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"unknown generation_mode {generation_mode!r}; known are {', '.join(GENERATION_MODES)}")
         if generation_mode == "text":
+            if kwargs.get("negative_prompt_ids") is not None and kwargs.get("guidance_scale") is None:
+                raise ValueError("these inputs ask for a picture or video: pass their generation_mode here too")
             return super().generate(inputs, *args, **kwargs)
         kwargs.setdefault("input_ids", inputs)
         if args:

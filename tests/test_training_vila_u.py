@@ -7,7 +7,7 @@ import torch
 from test_vila_u import noise_picture, user
 from transformers import AutoModel, Trainer, TrainingArguments
 from vila.tiling_vila import crop_square
-from vila.training_vila import VilaDataCollator
+from vila.training_vila import VilaDataCollator, parts_of, train_only
 from vila.training_vila_u import VilaUDataCollator
 
 PICTURE, OTHER, THIRD = noise_picture(1), noise_picture(2, (90, 40)), noise_picture(3, (40, 90))
@@ -191,6 +191,13 @@ def test_dropout_is_the_configs_and_only_in_training(vila_u_folder, processor):
 
     assert len(set(losses(0.1, False) + losses(0.0, True) + losses(0.0, False))) == 1
     assert len(set(losses(0.1, True))) == 2
+
+
+def test_parts_to_train_are_named(vila_u_folder):
+    trained = train_only(AutoModel.from_pretrained(vila_u_folder), ["depth_transformer"])
+    names = {name for name, weight in trained.named_parameters() if weight.requires_grad}
+    assert names and all(name.startswith("model.depth_transformer.") for name in names)
+    assert parts_of(trained) == ["vision_tower", "projector", "language_model", "depth_transformer"]
 
 
 @pytest.mark.parametrize("packing", [False, True])

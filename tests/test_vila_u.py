@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -411,6 +412,19 @@ def test_prompt_that_asks_for_no_picture_is_refused(model, processor):
         model.generate(**inputs, generation_mode="image")
 
 
+def test_mode_that_was_forgotten_is_asked_for(model, processor):
+    inputs = processor(text=PROMPTS[:1], generation_mode="image", return_tensors="pt")
+    with pytest.raises(ValueError, match="pass their generation_mode"):
+        model.generate(**inputs)
+
+
+def test_two_threads_draw_what_one_draws(model, processor):
+    alone = [draw(model, processor, [prompt]).sequences for prompt in PROMPTS]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda prompt: draw(model, processor, [prompt]).sequences, PROMPTS))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+
+
 def test_placeholders_without_pictures_are_refused(model, processor):
     inputs = encode(processor, user(noise_picture(1), "Again."), generation_mode="image")
     del inputs["pixel_values"]
@@ -664,6 +678,8 @@ def test_other_templates_and_the_way_back_are_refused(tmp_path, folder):
         ({"depth_dropout": 1.0}, "depth_dropout"),
         ({"depth_dropout": math.nan}, "depth_dropout"),
         ({"decoder_latent_shape": [6]}, "decoder_latent_shape"),
+        ({"decoder_latent_shape": [10**6, 10**6]}, "decoder_latent_shape"),
+        ({"decoder_num_res_blocks": 10**6}, "decoder_num_res_blocks"),
         ({"decoder_channel_multipliers": []}, "decoder_channel_multipliers"),
         ({"projector_type": "mlp_downsample"}, "downsampling"),
         ({"vision_config": {"model_type": "clip_vision_model"}}, "SigLIP"),
