@@ -66,6 +66,23 @@ class VilaUPreTrainedModel(VilaPreTrainedModel):
         if isinstance(module, VilaUDepthTransformer):
             init.normal_(module.position_embedding, std=0.02)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """See `VilaCompleteLoading.from_pretrained`; transformers makes every weight it loads one to be trained."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        freeze_codes(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+
+def freeze_codes(model: torch.nn.Module) -> None:
+    """Freezes codebooks and pixel decoder, which no loss of this model trains.
+
+    Processes that exchange gradients would wait for theirs in vain.
+    """
+    for module in model.modules():
+        if isinstance(module, (VilaUResidualQuantizer, VilaUPixelDecoder)):
+            module.requires_grad_(False)
+
 
 class VilaUModel(VilaUPreTrainedModel, VilaModel):  # type: ignore[misc]
     """VILA-U without the language modelling head; with everything between pixels and codes."""
@@ -78,6 +95,7 @@ class VilaUModel(VilaUPreTrainedModel, VilaModel):  # type: ignore[misc]
         ignored = {*(self._keys_to_ignore_on_load_unexpected or ()), *unused_names(config)}
         self._keys_to_ignore_on_load_unexpected = ignored
         self.post_init()
+        freeze_codes(self)
 
     @can_return_tuple
     def get_image_features(

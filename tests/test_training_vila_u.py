@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from test_vila_u import noise_picture, user
-from transformers import AutoModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
+from vila import VilaUForConditionalGeneration
 from vila.tiling_vila import crop_square
 from vila.training_vila import VilaDataCollator, parts_of, train_only
 from vila.training_vila_u import VilaUDataCollator
@@ -172,6 +173,18 @@ def test_batches_of_one_kind_have_a_finite_loss_and_reach_every_trained_part(mod
     assert model(**VilaUDataCollator(processor)([CHATS])).image_loss == 0
     model.zero_grad()
     model.eval()
+
+
+def test_every_weight_that_is_to_be_trained_gets_a_gradient(vila_u_folder, processor):
+    """Also without a picture: data-parallel processes wait for each other's gradients."""
+    fresh = VilaUForConditionalGeneration(AutoConfig.from_pretrained(vila_u_folder))
+    for trained in (fresh, AutoModel.from_pretrained(vila_u_folder, dtype="float32")):
+        for rows in ([CHATS], [DRAWS], [ANSWERS, FILM]):
+            trained.zero_grad()
+            trained.train()(**VilaUDataCollator(processor)(rows)).loss.backward()
+            missing = [name for name, w in trained.named_parameters() if w.requires_grad and w.grad is None]
+            assert not missing
+        assert not any(weight.requires_grad for weight in trained.model.pixel_decoder.parameters())
 
 
 def test_labels_that_ask_for_codes_where_there_is_no_picture_are_refused(model, processor):
