@@ -20,6 +20,28 @@ from .configuration_vila_u import NORM_GROUPS, VilaUConfig
 NORM_EPS = 1e-6
 
 
+class VilaUCodebook(nn.Embedding):
+    """Codes and what they stand for. The last row, of zeros, is on disk but stands for no code."""
+
+    def __init__(self, size: int, channels: int):
+        super().__init__(size + 1, channels)
+
+    def forward(self, codes: torch.Tensor | None = None, features: torch.Tensor | None = None) -> torch.Tensor:
+        """What codes stand for, or the codes that are nearest to features.
+
+        Distances are computed in float32: in bfloat16 one code in ten would be another one.
+
+        Args:
+            codes: `(...)`, for embeddings, `(..., channels)`.
+            features: `(..., channels)`, for codes, `(...)`.
+        """
+        if features is None:
+            return super().forward(codes)  # type: ignore[arg-type]
+        flat, table = features.float().flatten(0, -2), self.weight[:-1].float()
+        norms = flat.square().sum(1, keepdim=True) + table.square().sum(1)
+        return torch.addmm(norms, flat, table.T, alpha=-2).argmin(1).view(features.shape[:-1])
+
+
 class VilaUResidualQuantizer(nn.Module):
     """Features -> codes of several depths, each of what the depths before it left over (VILA-U §3.1; RQ-VAE).
 
@@ -28,24 +50,19 @@ class VilaUResidualQuantizer(nn.Module):
 
     def __init__(self, config: VilaUConfig):
         super().__init__()
-        self.depth, self.size = config.code_depth, config.codebook_size
+        self.depth = config.code_depth
         num_books = 1 if config.shared_codebook else self.depth
-        # the last row, of zeros, is on disk but stands for no code
         self.codebooks = nn.ModuleList(
-            nn.Embedding(self.size + 1, config.vision_config.hidden_size) for _ in range(num_books)
+            VilaUCodebook(config.codebook_size, config.vision_config.hidden_size) for _ in range(num_books)
         )
 
     def forward(self, features_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(..., channels)` -> the quantised features, of the same shape, and their codes, `(..., depth)`.
-
-        Distances are computed in float32: in bfloat16 one code in ten would be another one.
-        """
+        """`(..., channels)` -> the quantised features, of the same shape, and their codes, `(..., depth)`."""
         with torch.no_grad():
             residual, codes = features_TC.float(), []
             for depth in range(self.depth):
-                table = self._table(depth).float()
-                codes.append(nearest_rows(residual, table))
-                residual = residual - table[codes[-1]]
+                codes.append(self._codebook(depth)(features=residual))
+                residual = residual - self.embed_depth(codes[-1], depth).float()
             all_codes = torch.stack(codes, dim=-1)
             quantised = self.embed(all_codes).sum(-2)
         # the gradient of the features, with the value of the codes
@@ -57,18 +74,10 @@ class VilaUResidualQuantizer(nn.Module):
 
     def embed_depth(self, codes: torch.Tensor, depth: int) -> torch.Tensor:
         """Embeddings of codes of one depth, `(...) -> (..., channels)`."""
-        return F.embedding(codes, self._table(depth))
+        return self._codebook(depth)(codes).detach()
 
-    def _table(self, depth: int) -> torch.Tensor:
-        book = self.codebooks[min(depth, len(self.codebooks) - 1)]
-        return book.weight[: self.size].detach()  # type: ignore[index]
-
-
-def nearest_rows(features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Index of the row of `table`, `(codes, channels)`, that is nearest to each feature, `(..., channels)`."""
-    flat = features.flatten(0, -2)
-    norms = flat.square().sum(1, keepdim=True) + table.square().sum(1)
-    return torch.addmm(norms, flat, table.T, alpha=-2).argmin(1).view(features.shape[:-1])
+    def _codebook(self, depth: int) -> nn.Module:
+        return self.codebooks[min(depth, len(self.codebooks) - 1)]
 
 
 class VilaUPixelDecoder(nn.Module):

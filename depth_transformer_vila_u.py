@@ -69,35 +69,35 @@ class VilaUDepthTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, config.codebook_size)
 
-    def forward(self, hidden_NH: torch.Tensor, embeddings_NDC: torch.Tensor) -> torch.Tensor:
-        """Logits of all depths at once, given the true codes (teacher forcing).
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        embeddings_NDC: torch.Tensor | None = None,
+        depth: int = 0,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """Logits of codes: of all depths at once, given the true codes (teacher forcing), or of one with a cache.
 
         Args:
-            hidden_NH: hidden states that predict the positions, `(N, hidden_size)`.
-            embeddings_NDC: embeddings of their codes, `(N, depth, channels)`; the last depth is not looked at.
+            inputs: hidden states that predict the positions, `(N, hidden_size)`; with a cache and `depth` above 0 the
+                summed embeddings of the codes so far, `(N, channels)`.
+            embeddings_NDC: without a cache, embeddings of the true codes, `(N, depth, channels)`; those of the last
+                depth are not looked at.
+            depth: with a cache, which one, in order from 0.
+            cache: new at depth 0, then the same: it holds what lies before.
 
         Returns:
-            `(N, depth, codebook_size)`.
+            `(N, depth, codebook_size)`; with a cache `(N, codebook_size)`.
         """
-        sums_NDC = embeddings_NDC[:, :-1].cumsum(1)
-        steps = torch.cat([self.hidden_projection(hidden_NH).unsqueeze(1), self.code_projection(sums_NDC)], dim=1)
-        return self._run(steps + self.position_embedding, None)
-
-    def step(self, inputs: torch.Tensor, depth: int, cache: Cache) -> torch.Tensor:
-        """Logits of one depth, with what the cache holds of those before it.
-
-        Args:
-            inputs: at depth 0 hidden states, `(N, hidden_size)`; then the summed embeddings of the codes so far,
-                `(N, channels)`.
-            depth: which one, in order from 0.
-            cache: new at depth 0, then the same.
-
-        Returns:
-            `(N, codebook_size)`.
-        """
-        projection: Any = self.code_projection if depth else self.hidden_projection
-        step = projection(inputs).unsqueeze(1) + self.position_embedding[:, depth : depth + 1]
-        return self._run(step, cache).squeeze(1)
+        if cache is not None:
+            projection: Any = self.code_projection if depth else self.hidden_projection
+            step = projection(inputs).unsqueeze(1) + self.position_embedding[:, depth : depth + 1]
+            return self._run(step, cache).squeeze(1)
+        steps = [self.hidden_projection(inputs).unsqueeze(1)]
+        if embeddings_NDC is not None:
+            steps.append(self.code_projection(embeddings_NDC[:, :-1].cumsum(1)))
+        hidden_NDE = torch.cat(steps, dim=1)
+        return self._run(hidden_NDE + self.position_embedding[:, : hidden_NDE.shape[1]], None)
 
     def _run(self, hidden_NDE: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         for layer in self.layers:

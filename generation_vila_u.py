@@ -186,7 +186,6 @@ class VilaUGenerationMixin(VilaGenerationMixin):
             raise ValueError(
                 f"drawing needs {name}, (prompts, length): the processor makes them with generation_mode={mode!r}"
             )
-        ids = ids.to(self.model.device)
         mask = torch.ones_like(ids) if mask is None else mask.to(ids)
         if mask.shape != ids.shape:
             raise ValueError(f"{name} has the shape {tuple(ids.shape)}, its mask {tuple(mask.shape)}")
@@ -282,7 +281,7 @@ class Drawing:
         cache, codes, logits = DynamicCache(), [], []
         inputs, features = self.hidden, None
         for depth in range(self.model.config.code_depth):
-            guided = self._guide(depth_transformer.step(inputs, depth, cache).float())
+            guided = self._guide(depth_transformer(inputs, depth=depth, cache=cache).float())
             logits.append(guided)
             codes.append(sampling.choose(guided))
             embedding = quantizer.embed_depth(codes[-1], depth)

@@ -139,7 +139,7 @@ class VilaUModel(VilaUPreTrainedModel, VilaModel):  # type: ignore[misc]
                 f"pixel_values must be (pictures, 3, {side}, {side}), got {tuple(pixel_values.shape)}: "
                 "the processor makes them"
             )
-        chunks = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype).split(self._chunk_size)
+        chunks = pixel_values.to(self.vision_tower.dtype).split(self._chunk_size)
         return torch.cat([self.quantizer(self._run_tower(chunk))[1] for chunk in chunks])
 
     @torch.no_grad()

@@ -550,6 +550,20 @@ def test_nothing_is_missing_or_unexpected(folder):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
+PARTS = ("vision_tower", "language_model", "quantizer", "depth_transformer", "pixel_decoder")
+
+
+@pytest.mark.parametrize("offloaded", PARTS)
+def test_part_that_lies_on_disk_changes_nothing(folder, model, processor, tmp_path, offloaded):
+    places = dict.fromkeys([f"model.{part}" for part in (*PARTS, "multi_modal_projector")] + ["lm_head"], "cpu")
+    places[f"model.{offloaded}"] = "disk"
+    spread = AutoModel.from_pretrained(folder, dtype="float32", device_map=places, offload_folder=tmp_path)
+    output = draw(spread, processor, PROMPTS[:1])
+    assert torch.equal(output.sequences, draw(model, processor, PROMPTS[:1]).sequences)
+    pixels = processor.image_processor(noise_picture(1), return_tensors="pt")["pixel_values"]
+    assert torch.equal(spread.encode_image(pixels), model.encode_image(pixels))
+
+
 def test_layers_behind_the_selected_one_are_not_built(model):
     assert len(model.model.vision_tower.encoder.layers) == model.config.vision_config.num_hidden_layers - 1
 
