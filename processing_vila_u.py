@@ -32,7 +32,8 @@ DEFAULT_FPS = 8
 
 
 class VilaUProcessor(VilaProcessor):
-    """`VilaProcessor` for VILA-U; its options are the same, those of tiles and encoded videos have no use.
+    """`VilaProcessor` for VILA-U; its options are the same, those of tiles, of encoded videos and of tokens around
+    pictures have no use.
 
     `apply_chat_template` also takes `generation_mode` and, for drawing, `negative_text`; `mark_media=True` puts the
     tokens of training around the user's pictures.
@@ -105,6 +106,10 @@ class VilaUProcessor(VilaProcessor):
         for name in ("input_ids", "attention_mask"):
             data[{"input_ids": "negative_prompt_ids"}.get(name, f"negative_prompt_{name}")] = negative[name]
         return data
+
+    def image_block(self, grid: Any) -> list[int]:
+        """The placeholders of one picture; what stands around them is part of the chat template."""
+        return [self.image_token_id] * self.num_tile_tokens
 
     def _encode(self, prompt: str, media: list[Medium], add_special_tokens: bool, template: Any) -> EncodedPrompt:
         """One prompt -> its ids, offsets in the prompt as it was typed, and token types."""
