@@ -197,6 +197,11 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
     ).save_pretrained(target)
     if (source / "llm" / "tokenizer.model").is_file():
         shutil.copy(source / "llm" / "tokenizer.model", target)  # not needed here; for the way back
+    copy_code(target)
+
+
+def copy_code(target: Path) -> None:
+    """Puts the modules that `auto_map` reaches beside the weights, so that they load where the package is missing."""
     for module in (modeling_vila, processing_vila, configuration_vila):
         path = str(module.__file__)
         for file in [path, *get_relative_import_files(path)]:
