@@ -13,6 +13,7 @@ from ..loading_vila import Checkpoint, check_device
 from ..quantization_vila import Int8Head
 from .calibration import calibration_chats
 from .layers import check_layers, collect_samples, quantize_layers
+from .llm_awq import load_llm_awq
 from .options import Options
 
 PARTIAL, PLAN, REPORT = ".layers", "plan.json", "quantization_report.json"
@@ -41,11 +42,8 @@ def quantize(
         FileExistsError: if the target holds anything else.
     """
     options, target = options or Options(), Path(target)
-    checkpoint, found_device = Checkpoint(source), check_device(device or "cpu")
-    processor = checkpoint.load_processor()
-    model: Any = checkpoint.load_model(processor, device="cpu")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(f"{source} is quantised already")
+    found_device = check_device(device or "cpu")
+    model, processor = load_whole(source)
     check_layers(model, options)
     chats = []
     if options.method == "awq":
@@ -53,6 +51,47 @@ def quantize(
     partial = prepare_target(target, options, str(source), str(calibration))
     samples = collect_samples(model, processor, chats, options.max_tokens)
     losses = quantize_layers(model, samples, options, partial, found_device)
+    write(model, processor, options, target, {"source": Path(source).name, **asdict(options), "losses": losses})
+    shutil.rmtree(partial)
+    return target
+
+
+def from_llm_awq(
+    source: str | Path, weights: str | Path, target: str | Path, group_size: int = 128, head_bits: int = 16
+) -> Path:
+    """Turns a language model that llm-awq published into a checkpoint that `AutoModel.from_pretrained` loads.
+
+    Args:
+        source: the VILA checkpoint that was quantised; what the file does not hold is taken from it.
+        weights: `*-v2.pt`.
+        target: folder that is new or empty.
+
+    Raises:
+        ValueError, FileNotFoundError: see `load_llm_awq`; nothing is written then.
+        FileExistsError: if the target is not empty.
+    """
+    options, target = Options(method="rtn", group_size=group_size, head_bits=head_bits), Path(target)
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} exists and is not empty")
+    model, processor = load_whole(source)
+    load_llm_awq(model, Path(weights), group_size)
+    target.mkdir(parents=True, exist_ok=True)
+    write(model, processor, options, target, {"source": Path(source).name, "llm_awq": Path(weights).name})
+    return target
+
+
+def load_whole(source: str | Path) -> tuple[Any, Any]:
+    """Model and processor of a checkpoint that is not quantised yet."""
+    checkpoint = Checkpoint(source)
+    processor = checkpoint.load_processor()
+    model: Any = checkpoint.load_model(processor, device="cpu")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{source} is quantised already")
+    return model, processor
+
+
+def write(model: Any, processor: Any, options: Options, target: Path, report: dict[str, Any]) -> None:
+    """Writes everything that belongs to a checkpoint; the files appear in the target when all are complete."""
     if options.head_bits == 8:
         model.set_output_embeddings(Int8Head(model.lm_head, is_tied=model.config.tie_word_embeddings))
     model.config.quantization_config = options.config()
@@ -60,12 +99,9 @@ def quantize(
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         copy_code(Path(staging))
-        report = {"source": Path(source).name, **asdict(options), "losses": losses}
         (Path(staging) / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         for file in Path(staging).iterdir():
             os.replace(file, target / file.name)
-    shutil.rmtree(partial)
-    return target
 
 
 def prepare_target(target: Path, options: Options, source: str, calibration: str) -> Path:

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from ..quantization_vila import HEAD_BITS
-from .checkpoint import quantize
+from .checkpoint import from_llm_awq, quantize
 from .options import BITS, METHODS, Options
 
 
@@ -14,6 +14,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", help="folder or Hub id of a converted or original checkpoint")
     parser.add_argument("out", help="new folder; a run that was stopped goes on there")
     parser.add_argument("--method", choices=METHODS, default=default.method, help="default: %(default)s")
+    parser.add_argument("--from-llm-awq", metavar="FILE", help="take the int4 layers of a published *-v2.pt file")
     parser.add_argument("--bits", type=int, choices=BITS, default=default.bits, help="3 is for comparisons")
     parser.add_argument("--group-size", type=int, default=default.group_size, help="default: %(default)s")
     parser.add_argument("--head-bits", type=int, choices=HEAD_BITS, default=default.head_bits, help="16: as it is")
@@ -30,9 +31,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     given = vars(parse(arguments))
-    model, out, calibration, device = (given.pop(name) for name in ("model", "out", "calibration", "device"))
+    model, out, calibration, device, file = (
+        given.pop(name) for name in ("model", "out", "calibration", "device", "from_llm_awq")
+    )
     try:
-        path = quantize(model, out, Options(**given), calibration, device)
+        if file is not None:
+            path = from_llm_awq(model, file, out, given["group_size"], given["head_bits"])
+        else:
+            path = quantize(model, out, Options(**given), calibration, device)
     except (OSError, ValueError) as error:
         sys.exit(f"vila.quantize: {error}")
     sys.stdout.write(f"{path}\n")

@@ -24,6 +24,7 @@ from vila.quantize import Options, quantize
 from vila.quantize.calibration import calibration_chats, has_media
 from vila.quantize.command import main
 from vila.quantize.layers import collect_samples
+from vila.quantize.llm_awq import unpack_v2
 from vila.quantize.rounding import autoawq_packer, fake_quantize, grid_of, pack
 from vila.quantize.search import LINEARS, clip, find_scales, fold, groups_of, loss_of, search_layer
 from vila.quantize.statistics import Sample, observe
@@ -406,6 +407,92 @@ def test_clipping_is_that_of_autoawq(autoawq):
     found = autoawq._compute_best_clip(weight.clone(), rows)
     own = clip(weight, rows.t() @ rows / len(rows), GROUP, 4)
     assert torch.allclose(own, found.view(64, -1), rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- files of llm-awq, v2
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (256, 64), (64, 384)])
+def test_the_v2_layout_is_that_of_autoawqs_fast_kernel(autoawq, shape):
+    """autoawq knows the layout as `gemv_fast`."""
+    from awq.modules.linear.gemv_fast import pack_intweight
+
+    values = torch.randint(0, 16, shape, dtype=torch.int32)
+    assert torch.equal(unpack_v2(pack_intweight(values, interleave=4, kstride=64)), values.to(torch.uint8))
+
+
+@pytest.fixture
+def published(source, autoawq, tmp_path):
+    """A file as llm-awq writes it, with the layers of `source` rounded, and one changed norm."""
+    from awq.modules.linear.gemv_fast import WQLinear_GEMVFast
+
+    model, tensors = load(source, "float32"), {}
+    for name, tensor in model.model.language_model.state_dict().items():
+        tensors[f"model.{name}"] = tensor
+    for number, layer in enumerate(model.model.language_model.layers):
+        for name in LINEARS:
+            linear, full = layer.get_submodule(name), f"model.layers.{number}.{name}"
+            grid = grid_of(linear.weight, GROUP, 4)
+            linear.weight.data = grid.round(linear.weight)
+            packed = WQLinear_GEMVFast.from_linear(linear, 4, GROUP, scales=grid.scales, zeros=grid.zeros)
+            del tensors[f"{full}.weight"]
+            tensors[f"{full}.qweight"], tensors[f"{full}.scales"] = packed.qweight, packed.scales
+            tensors[f"{full}.scaled_zeros"] = packed.qzeros
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    tensors["lm_head.weight"] = model.lm_head.weight.data
+    torch.save(tensors, tmp_path / "model-v2.pt")
+    return tmp_path / "model-v2.pt"
+
+
+@torch.no_grad()
+def test_published_weights_become_a_checkpoint(source, published, tmp_path):
+    main([str(source), str(tmp_path / "out"), "--from-llm-awq", str(published), "--group-size", str(GROUP)])
+    model, expected = load(tmp_path / "out", "float32"), load(source, "float32")
+    for layer in expected.model.language_model.layers:
+        for name in LINEARS:
+            linear = layer.get_submodule(name)
+            linear.weight.data = fake_quantize(linear.weight, GROUP, 4)
+    expected.model.language_model.norm.weight.mul_(1.5)
+    assert torch.allclose(model(ids()).logits, expected(ids()).logits, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.0.input_layernorm.weight"),
+            "lacks 1 tensor.*layers.0.input_layernorm",
+        ),
+        (lambda tensors: [tensors.pop(name) for name in [*tensors] if "scaled_zeros" in name], "no int4 layers"),
+        (
+            lambda tensors: tensors.update(
+                {
+                    "model.layers.7.mlp.up_proj.qweight": tensors["model.layers.0.mlp.up_proj.qweight"],
+                    "model.layers.7.mlp.up_proj.scales": tensors["model.layers.0.mlp.up_proj.scales"],
+                    "model.layers.7.mlp.up_proj.scaled_zeros": tensors["model.layers.0.mlp.up_proj.scaled_zeros"],
+                }
+            ),
+            "layers.7.mlp.up_proj",
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.scales": torch.ones(1, 128)}),
+            "layers.0.mlp.up_proj",
+        ),
+    ],
+)
+def test_published_weights_that_do_not_fit_are_named(source, published, tmp_path, change, message):
+    tensors = torch.load(published, weights_only=True)
+    change(tensors)
+    torch.save(tensors, published)
+    with pytest.raises(SystemExit, match=message):
+        main([str(source), str(tmp_path / "out"), "--from-llm-awq", str(published), "--group-size", str(GROUP)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_that_runs_code_is_refused(source, tmp_path):
+    torch.save({"model": os.getcwd}, tmp_path / "v2.pt")
+    with pytest.raises(SystemExit, match="holds more than tensors"):
+        main([str(source), str(tmp_path / "out"), "--from-llm-awq", str(tmp_path / "v2.pt")])
 
 
 # ------------------------------------------------------------------------------------------------------ the command
