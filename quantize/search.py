@@ -101,11 +101,6 @@ def changed_weights(linears: tuple[nn.Linear, ...], weights: list[torch.Tensor])
             linear.weight.data = weight
 
 
-def gram_loss(errors: torch.Tensor, gram: torch.Tensor) -> float:
-    """Mean squared error of outputs for an error `(rows, in_features)` of the weights."""
-    return ((errors @ gram) * errors).sum().item() / len(errors)
-
-
 def find_scales(
     group: Group,
     statistics: InputStatistics,
@@ -146,14 +141,13 @@ def fold(group: Group, scales: torch.Tensor) -> None:
         linear.weight.mul_(scales)
 
 
-def clip(weight: torch.Tensor, gram: torch.Tensor, size: int, bits: int) -> torch.Tensor:
+def clip(weight: torch.Tensor, blocks: torch.Tensor, bits: int) -> torch.Tensor:
     """`(rows, groups)` largest absolute weights with the least error of outputs.
 
     Args:
-        gram: of the inputs that this weight multiplies.
+        blocks: `(groups, size, size)` mean outer products of the inputs that this weight multiplies.
     """
-    count = weight.shape[1] // size
-    blocks = torch.stack([gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
+    count, size, _ = blocks.shape
     found = []
     for rows in weight.split(ROWS_AT_A_TIME):
         grouped = rows.unflatten(1, (count, size))
@@ -186,21 +180,21 @@ def search_layer(
     """
     named = dict(layer.named_modules())
     watched = {name: named[name] for name in dict.fromkeys(LINEARS.values())}
-    outputs, statistics, inputs = observe(layer, samples, watched)
-    grams = {name: one.gram for name, one in statistics.items()}
+    outputs, statistics, inputs = observe(layer, samples, watched, size)
+    blocks = {name: one.blocks for name, one in statistics.items()}
     found: dict[str, Found] = {}
     for group in groups_of(layer):
-        loss = loss_of(layer, group, samples, inputs, grams)
+        loss = loss_of(layer, group, samples, inputs, statistics)
         found[group.name] = find_scales(group, statistics[group.name], loss, size, bits, duo)
     for group in groups_of(layer):
         scales = found[group.name].scales
         fold(group, scales)
-        grams[group.name] = grams[group.name] / torch.outer(scales, scales)
+        blocks[group.name] = statistics[group.name].divided_blocks(scales)
     if clips:
         for name, source in LINEARS.items():
             if not name.endswith(UNCLIPPED):
                 weight = named[name].weight.data
-                limits = clip(weight, grams[source], size, bits).repeat_interleave(size, 1)
+                limits = clip(weight, blocks[source], bits).repeat_interleave(size, 1)
                 weight.clamp_(-limits, limits)
     return outputs, found
 
@@ -210,12 +204,12 @@ def loss_of(
     group: Group,
     samples: list[Sample],
     inputs: list[dict[str, torch.Tensor]],
-    grams: dict[str, torch.Tensor],
+    statistics: dict[str, InputStatistics],
 ) -> Callable[[list[torch.Tensor]], float]:
     """How much worse other weights of a group are."""
     if len(group.linears) == 1:
         (linear,) = group.linears
-        return lambda weights: gram_loss(weights[0] - linear.weight.data, grams[group.name])
+        return lambda weights: statistics[group.name].error(weights[0] - linear.weight.data)
     if group.name.startswith("mlp"):
 
         def run(sample: Sample, own: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """What the search knows of the activations: inputs of a decoder layer, and of the linear layers in it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+# by which outputs of attention and MLP are compared; sums over inputs are taken from all
+JUDGED_TOKENS = 2048
 
 
 @dataclass
@@ -38,36 +40,53 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 class InputStatistics:
-    """Sums over all inputs of linear layers that share them.
+    """What the search knows of the inputs of linear layers that share them.
+
+    Args:
+        features: how many inputs there are.
+        tokens: how many rows will be added.
+        group_size: inputs that share a scale.
 
     Attributes:
-        mean: `(in_features,)` mean of absolute values.
-        gram: `(in_features, in_features)` mean of outer products: the mean squared error of outputs is
-            `d @ gram @ d.T` for an error `d` of the weights.
+        mean: `(features,)` mean of absolute values.
+        blocks: `(groups, group_size, group_size)` mean of outer products within groups.
     """
 
-    def __init__(self, features: int, device: torch.device):
-        self.count = 0
-        self.absolute = torch.zeros(features, device=device)
-        self.products = torch.zeros(features, features, device=device)
+    def __init__(self, features: int, tokens: int, group_size: int, device: torch.device):
+        self.tokens, self.group_size = tokens, group_size
+        self.mean = torch.zeros(features, device=device)
+        self.blocks = torch.zeros(features // group_size, group_size, group_size, device=device)
+        # errors are summed over whichever is the smaller: all outer products, or the rows themselves
+        self.gram = torch.zeros(features, features, device=device) if tokens > features else None
+        self.rows: list[torch.Tensor] = []
 
     def add(self, inputs: torch.Tensor) -> None:
         rows = inputs.detach().flatten(0, -2).float()
-        self.count += len(rows)
-        self.absolute += rows.abs().sum(0)
-        self.products.addmm_(rows.t(), rows)
+        self.mean += rows.abs().sum(0) / self.tokens
+        grouped = rows.unflatten(1, (-1, self.group_size)).transpose(0, 1)
+        self.blocks.baddbmm_(grouped.transpose(1, 2), grouped, alpha=1 / self.tokens)
+        if self.gram is None:
+            self.rows.append(rows)
+        else:
+            self.gram.addmm_(rows.t(), rows, alpha=1 / self.tokens)
 
-    @property
-    def mean(self) -> torch.Tensor:
-        return self.absolute / self.count
+    def error(self, change: torch.Tensor) -> float:
+        """Mean squared error of outputs for a change `(outputs, features)` of the weights.
 
-    @property
-    def gram(self) -> torch.Tensor:
-        return self.products / self.count
+        It is `d G d` with the Gram matrix of the inputs: exact, whatever the number of tokens.
+        """
+        if self.gram is None:
+            return sum((rows @ change.t()).square().sum().item() for rows in self.rows) / self.tokens / len(change)
+        return ((change @ self.gram) * change).sum().item() / len(change)
+
+    def divided_blocks(self, scales: torch.Tensor) -> torch.Tensor:
+        """`blocks` of inputs that are divided by `(features,)` scales."""
+        grouped = scales.unflatten(0, (-1, self.group_size))
+        return self.blocks / (grouped.unsqueeze(1) * grouped.unsqueeze(2))
 
 
 def observe(
-    layer: nn.Module, samples: Iterable[Sample], watched: dict[str, nn.Linear]
+    layer: nn.Module, samples: list[Sample], watched: dict[str, nn.Linear], group_size: int
 ) -> tuple[list[torch.Tensor], dict[str, InputStatistics], list[dict[str, torch.Tensor]]]:
     """Runs a layer over samples.
 
@@ -75,11 +94,15 @@ def observe(
         watched: linear layers by name.
 
     Returns:
-        outputs per sample; statistics by name; inputs of the watched layers by name, per sample.
+        outputs per sample; statistics by name; inputs of the watched layers by name, for the samples of the first
+        `JUDGED_TOKENS` tokens.
     """
     device = next(layer.parameters()).device
-    statistics = {name: InputStatistics(linear.in_features, device) for name, linear in watched.items()}
-    outputs, inputs = [], []
+    tokens = sum(sample.hidden.shape[1] for sample in samples)
+    statistics = {
+        name: InputStatistics(linear.in_features, tokens, group_size, device) for name, linear in watched.items()
+    }
+    outputs, inputs, judged = [], [], 0
     for sample in samples:
         seen: dict[str, torch.Tensor] = {}
 
@@ -96,7 +119,9 @@ def observe(
         finally:
             for hook in hooks:
                 hook.remove()
-        inputs.append(seen)
+        if judged < JUDGED_TOKENS:
+            inputs.append(seen)
+            judged += sample.hidden.shape[1]
     return outputs, statistics, inputs
 
 

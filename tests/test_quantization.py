@@ -27,7 +27,7 @@ from vila.quantize.layers import collect_samples
 from vila.quantize.llm_awq import unpack_v2
 from vila.quantize.rounding import autoawq_packer, fake_quantize, grid_of, pack
 from vila.quantize.search import LINEARS, clip, find_scales, fold, groups_of, loss_of, search_layer
-from vila.quantize.statistics import Sample, observe
+from vila.quantize.statistics import InputStatistics, Sample, observe
 
 GROUP = 32
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -246,7 +246,7 @@ def test_answers_are_the_same_in_a_fresh_process_without_the_package(quantized, 
 # ------------------------------------------------------------------------------------------------------ the search
 
 
-def decoder_layer(heads=4, kv_heads=4):
+def decoder_layer(heads=4, kv_heads=4, lengths=(20, 33)):
     torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=64,
@@ -262,7 +262,7 @@ def decoder_layer(heads=4, kv_heads=4):
     rotary, samples = Qwen2RotaryEmbedding(config), []
     outliers = torch.ones(64)
     outliers[5] = 20
-    for length in (20, 33):
+    for length in lengths:
         hidden = torch.randn(1, length, 64) * outliers
         positions = rotary(hidden, torch.arange(length)[None])
         samples.append(Sample(hidden, {"position_embeddings": positions, "attention_mask": None}))
@@ -303,15 +303,17 @@ def test_no_group_is_worse_than_plain_rounding(bits):
 
 
 @torch.no_grad()
-def test_gram_losses_are_the_errors_of_the_outputs():
-    layer, samples = decoder_layer()
+@pytest.mark.parametrize("count", [1, 2])
+def test_losses_of_linear_groups_are_the_errors_of_the_outputs(count):
+    """With fewer tokens than features, and with more."""
+    layer, samples = decoder_layer(lengths=(20, 200))
     watched = {name: layer.get_submodule(name) for name in dict.fromkeys(LINEARS.values())}
-    _, statistics, inputs = observe(layer, samples, watched)
+    _, statistics, inputs = observe(layer, samples[:count], watched, GROUP)
+    assert (statistics["mlp.down_proj"].gram is None) == (count == 1)
     (group,) = [group for group in groups_of(layer) if group.name == "mlp.down_proj"]
     (linear,) = group.linears
     changed = fake_quantize(linear.weight, GROUP, 3)
-    grams = {name: one.gram for name, one in statistics.items()}
-    found = loss_of(layer, group, samples, inputs, grams)([changed])
+    found = loss_of(layer, group, samples, inputs, statistics)([changed])
     rows = torch.cat([one["mlp.down_proj"].flatten(0, 1) for one in inputs])
     exact = (rows @ (changed - linear.weight).t()).square().mean().item()
     assert found == pytest.approx(exact, rel=1e-4)
@@ -377,11 +379,10 @@ def test_scales_are_those_of_autoawq(autoawq, duo):
     layer, samples = decoder_layer()
     samples = samples[:1]
     watched = {name: layer.get_submodule(name) for name in dict.fromkeys(LINEARS.values())}
-    _, statistics, inputs = observe(layer, samples, watched)
-    grams = {name: one.gram for name, one in statistics.items()}
+    _, statistics, inputs = observe(layer, samples, watched, GROUP)
     inspected = {"self_attn.q_proj": layer.self_attn, "mlp.gate_proj": layer.mlp}
     for group in groups_of(layer):
-        loss = loss_of(layer, group, samples, inputs, grams)
+        loss = loss_of(layer, group, samples, inputs, statistics)
         own = find_scales(group, statistics[group.name], loss, GROUP, 4, duo)
         module = inspected.get(group.name, group.linears[0])
         options = samples[0].options if module is layer.self_attn else {}
@@ -405,7 +406,9 @@ def test_clipping_is_that_of_autoawq(autoawq):
     torch.manual_seed(0)
     weight, rows = torch.randn(64, 96) ** 3, torch.randn(200, 96)
     found = autoawq._compute_best_clip(weight.clone(), rows)
-    own = clip(weight, rows.t() @ rows / len(rows), GROUP, 4)
+    statistics = InputStatistics(96, len(rows), GROUP, rows.device)
+    statistics.add(rows)
+    own = clip(weight, statistics.blocks, 4)
     assert torch.allclose(own, found.view(64, -1), rtol=1e-4)
 
 
