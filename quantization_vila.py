@@ -73,6 +73,11 @@ class Int4Linear(nn.Module):
         scales: `(in_features / group_size, out_features)` float16.
     """
 
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = False):
         super().__init__()
         check_shape("a linear layer", in_features, out_features, group_size)
@@ -137,9 +142,10 @@ class Int4Linear(nn.Module):
         return is_nvidia and self.in_features % (CUDA_INNER_TILES * 16) == 0 and self.out_features % 8 == 0
 
     def _multiply(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._kernel is None or self._kernel[0] != self.qweight.device:
-            self._kernel = (self.qweight.device, *self._kernel_weights())
-        _, weights, scales_and_zeros = self._kernel
+        kernel = self._kernel
+        if kernel is None or kernel[0] != self.qweight.device:
+            kernel = self._kernel = (self.qweight.device, *self._kernel_weights())
+        _, weights, scales_and_zeros = kernel
         if hidden.device.type == "cpu":
             return torch.ops.aten._weight_int4pack_mm_for_cpu(hidden, weights, self.group_size, scales_and_zeros)
         return torch.ops.aten._weight_int4pack_mm(hidden, weights, self.group_size, scales_and_zeros)
@@ -171,6 +177,9 @@ class Int8Head(nn.Module):
         values: `(out_features, in_features)` int8.
         scales: `(out_features,)` bfloat16.
     """
+
+    values: torch.Tensor
+    scales: torch.Tensor
 
     def __init__(self, head: nn.Linear, is_tied: bool):
         super().__init__()
@@ -220,7 +229,7 @@ class VilaAwqConfig(AwqConfig):
         kwargs.pop("quant_method", None)
         super().__init__(**kwargs)
         self.head_bits = head_bits
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.check()
 
     def check(self) -> None:

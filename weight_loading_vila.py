@@ -65,11 +65,12 @@ class VilaCompleteLoading(PreTrainedModel):
     def _quantized_config(cls, source: Any, options: dict[str, Any]) -> PreTrainedConfig | None:
         """The config of an int4 checkpoint, with its own options taken out of the others; None for any other."""
         hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-        found, _ = cls.config_class.get_config_dict(source, **hub_options)
+        config_class: Any = cls.config_class
+        found, _ = config_class.get_config_dict(source, **hub_options)
         if "quantization_config" not in found:
             return None
-        own = {name: options.pop(name) for name in [*options] if name in cls.config_class.__annotations__}
-        return cls.config_class.from_pretrained(source, **hub_options, **own)
+        own = {name: options.pop(name) for name in [*options] if name in config_class.__annotations__}
+        return config_class.from_pretrained(source, **hub_options, **own)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """The step before transformers makes up weights: of a config of huge numbers, it would not even return."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..quantization_vila import Int4Linear, check_shape
 from .options import Options
 from .rounding import grid_of, pack
-from .search import LINEARS, search_layer
+from .search import LINEARS, Found, search_layer
 from .statistics import Sample, first_layer_sample
 
 Losses = dict[str, list[float]]
@@ -62,7 +62,7 @@ def quantize_layers(
         if file.is_file():
             outputs = [sample.run(layer) for sample in samples]
         else:
-            outputs, found = [], {}
+            outputs, found = [], dict[str, Found]()
             if options.method == "awq":
                 outputs, found = search_layer(
                     layer, samples, options.group_size, options.bits, options.duo, options.clips
