@@ -22,10 +22,15 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(PYTHON) examples/demo.py $(PICTURE)
 
+$(VENV)/gptq: tests/gptq-requirements.txt $(INSTALLED)
+	BUILD_CUDA_EXT=0 $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--target $@ --upgrade --requirement $<
+	touch $@
+
 test: lint
 	$(PYTHON) -m pytest -c tests/pytest.ini tests
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) $(VENV)/gptq
 	$(PYTHON) -m pytest -c tests/pytest.ini -m slow tests
 
 # trains vila-nano from random weights into nano-run/; goes on where it was stopped. NANO='--minutes 60' bounds the time

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def main() -> None:
         for bits in (4, 3):
             variants[f"RTN, {bits} bits"] = Options("rtn", bits)
             variants[f"AWQ, {bits} bits"] = Options("awq", bits)
+            if find_spec("optimum") is not None:
+                variants[f"GPTQ, {bits} bits"] = Options("gptq", bits)
         variants["AWQ, 4 bits, int8 head"] = Options("awq", 4, head_bits=8)
         for number, (title, choice) in enumerate(variants.items()):
             model = whole

@@ -12,6 +12,7 @@ from ..conversion_vila import copy_code
 from ..loading_vila import Checkpoint, check_device
 from ..quantization_vila import Int8Head
 from .calibration import calibration_chats
+from .gptq import import_quantizer
 from .layers import check_layers, collect_samples, quantize_layers
 from .llm_awq import load_llm_awq
 from .options import Options
@@ -39,6 +40,7 @@ def quantize(
     Raises:
         ValueError: if group sizes do not divide the layers, the model is quantised already, or a layer is of no form
             that the search knows; nothing is written then.
+        ModuleNotFoundError: if GPTQ's packages are missing.
         FileExistsError: if the target holds anything else.
     """
     options, target = options or Options(), Path(target)
@@ -46,7 +48,9 @@ def quantize(
     model, processor = load_whole(source)
     check_layers(model, options)
     chats = []
-    if options.method == "awq":
+    if options.method == "gptq":
+        import_quantizer()
+    if options.method != "rtn":
         chats = calibration_chats(calibration, options.samples, options.media_share, options.seed)
     partial = prepare_target(target, options, str(source), str(calibration))
     samples = collect_samples(model, processor, chats, options.max_tokens)

@@ -39,6 +39,6 @@ def main(arguments: list[str]) -> None:
             path = from_llm_awq(model, file, out, given["group_size"], given["head_bits"])
         else:
             path = quantize(model, out, Options(**given), calibration, device)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"vila.quantize: {error}")
     sys.stdout.write(f"{path}\n")

@@ -11,8 +11,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ..quantization_vila import Int4Linear, check_shape
+from .gptq import search_gptq
 from .options import Options
-from .rounding import grid_of, pack
+from .rounding import Grid, grid_of, pack
 from .search import LINEARS, Found, search_layer
 from .statistics import Sample, first_layer_sample
 
@@ -59,30 +60,37 @@ def quantize_layers(
     for number, layer in enumerate(tqdm(model.model.language_model.layers, desc="quantise", unit="layer")):
         file, dtype = folder / f"{number:03}.safetensors", layer.input_layernorm.weight.dtype
         layer.to(device, torch.float32)
-        if file.is_file():
-            outputs = [sample.run(layer) for sample in samples]
-        else:
-            outputs, found = [], dict[str, Found]()
+        # AWQ searches on what the layers gave before, GPTQ on what they give now, to make up for earlier errors
+        outputs = [sample.run(layer) for sample in samples] if options.method == "awq" else []
+        if not file.is_file():
+            found, grids = dict[str, Found](), dict[str, Grid]()
             if options.method == "awq":
-                outputs, found = search_layer(
-                    layer, samples, options.group_size, options.bits, options.duo, options.clips
-                )
+                found = search_layer(layer, samples, options.group_size, options.bits, options.duo, options.clips)
+            elif options.method == "gptq":
+                grids = search_gptq(layer, samples, options.group_size, options.bits)
             report = {name: [one.loss, one.plain_loss] for name, one in found.items()}
             file.with_suffix(".json").write_text(json.dumps(report), encoding="utf-8")
-            save_layer(layer, options, dtype, file)
-        samples = [Sample(output.to("cpu", dtype), one.options) for output, one in zip(outputs, samples)]
+            save_layer(layer, grids, options, dtype, file)
         load_layer(layer, options.group_size, dtype, file)
+        if options.method == "gptq":
+            outputs = [sample.run(layer.to(device, torch.float32)) for sample in samples]
+            layer.to("cpu", dtype)
+        samples = [Sample(output.to("cpu", dtype), one.options) for output, one in zip(outputs, samples)]
         losses[str(number)] = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     return losses
 
 
-def save_layer(layer: Any, options: Options, dtype: torch.dtype, file: Path) -> None:
-    """Packs the linear layers into a file, with what else the search has changed; it is there as a whole or not."""
+def save_layer(layer: Any, grids: dict[str, Grid], options: Options, dtype: torch.dtype, file: Path) -> None:
+    """Packs the linear layers into a file, with what else the search has changed; it is there as a whole or not.
+
+    Args:
+        grids: of layers whose grid is not that from their least to their largest weights.
+    """
     tensors = {name: tensor.to(dtype) for name, tensor in layer.state_dict().items()}
     named = dict(layer.named_modules())
     for name in LINEARS:
         linear = named[name]
-        packed = pack(linear, grid_of(linear.weight, options.group_size, options.bits))
+        packed = pack(linear, grids.get(name) or grid_of(linear.weight, options.group_size, options.bits))
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{part}": tensor for part, tensor in packed.state_dict().items() if part != "bias"}
     unfinished = file.with_suffix(".unfinished")

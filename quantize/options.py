@@ -5,7 +5,7 @@ from typing import Any
 
 from ..quantization_vila import HEAD_BITS
 
-METHODS = ("awq", "rtn")
+METHODS = ("awq", "gptq", "rtn")
 BITS = (3, 4)
 # what is left as it is, in our tree and in the names of the files: engines compare prefixes or search for substrings
 SKIPPED = ("model.vision_tower", "vision_tower", "model.multi_modal_projector", "mm_projector", "lm_head")
@@ -16,7 +16,8 @@ class Options:
     """How a checkpoint is quantised.
 
     Attributes:
-        method: `"awq"` searches scales and clips on calibration data, `"rtn"` rounds to nearest.
+        method: `"awq"` searches scales and clips on calibration data, `"gptq"` makes up for its errors while it rounds,
+            `"rtn"` rounds to nearest.
         bits: of a weight; 3 is for comparisons and stored in 4.
         group_size: inputs that share a scale.
         head_bits: 8 rounds the output head as well.

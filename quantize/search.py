@@ -165,9 +165,7 @@ def clip(weight: torch.Tensor, blocks: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def search_layer(
-    layer: Any, samples: list[Sample], size: int, bits: int, duo: bool, clips: bool
-) -> tuple[list[torch.Tensor], dict[str, Found]]:
+def search_layer(layer: Any, samples: list[Sample], size: int, bits: int, duo: bool, clips: bool) -> dict[str, Found]:
     """Scales and clips the weights of a decoder layer, in place; what is left to do is rounding them.
 
     Args:
@@ -176,11 +174,11 @@ def search_layer(
         size: of groups of inputs.
 
     Returns:
-        the layer's outputs before anything was changed; what was found per group.
+        what was found per group.
     """
     named = dict(layer.named_modules())
     watched = {name: named[name] for name in dict.fromkeys(LINEARS.values())}
-    outputs, statistics, inputs = observe(layer, samples, watched, size)
+    statistics, inputs = observe(layer, samples, watched, size)
     blocks = {name: one.blocks for name, one in statistics.items()}
     found: dict[str, Found] = {}
     for group in groups_of(layer):
@@ -196,7 +194,7 @@ def search_layer(
                 weight = named[name].weight.data
                 limits = clip(weight, blocks[source], bits).repeat_interleave(size, 1)
                 weight.clamp_(-limits, limits)
-    return outputs, found
+    return found
 
 
 def loss_of(

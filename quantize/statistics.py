@@ -87,14 +87,14 @@ class InputStatistics:
 
 def observe(
     layer: nn.Module, samples: list[Sample], watched: dict[str, nn.Linear], group_size: int
-) -> tuple[list[torch.Tensor], dict[str, InputStatistics], list[dict[str, torch.Tensor]]]:
+) -> tuple[dict[str, InputStatistics], list[dict[str, torch.Tensor]]]:
     """Runs a layer over samples.
 
     Args:
         watched: linear layers by name.
 
     Returns:
-        outputs per sample; statistics by name; inputs of the watched layers by name, for the samples of the first
+        statistics by name; inputs of the watched layers by name, for the samples of the first
         `JUDGED_TOKENS` tokens.
     """
     device = next(layer.parameters()).device
@@ -102,7 +102,7 @@ def observe(
     statistics = {
         name: InputStatistics(linear.in_features, tokens, group_size, device) for name, linear in watched.items()
     }
-    outputs, inputs, judged = [], [], 0
+    inputs, judged = [], 0
     for sample in samples:
         seen: dict[str, torch.Tensor] = {}
 
@@ -115,14 +115,14 @@ def observe(
             for name, linear in watched.items()
         ]
         try:
-            outputs.append(sample.run(layer))
+            sample.run(layer)
         finally:
             for hook in hooks:
                 hook.remove()
         if judged < JUDGED_TOKENS:
             inputs.append(seen)
             judged += sample.hidden.shape[1]
-    return outputs, statistics, inputs
+    return statistics, inputs
 
 
 class Captured(Exception):

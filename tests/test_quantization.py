@@ -288,8 +288,7 @@ def test_no_group_is_worse_than_plain_rounding(bits):
     layer, samples = decoder_layer()
     expected = [sample.run(layer) for sample in samples]
     plain = copy.deepcopy(layer)
-    outputs, found = search_layer(layer, samples, GROUP, bits, duo=True, clips=True)
-    assert all(torch.equal(one, two) for one, two in zip(outputs, expected))
+    found = search_layer(layer, samples, GROUP, bits, duo=True, clips=True)
     assert set(found) == {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
     assert all(one.loss <= one.plain_loss for one in found.values())
     assert any(one.loss < 0.9 * one.plain_loss for one in found.values())
@@ -308,7 +307,7 @@ def test_losses_of_linear_groups_are_the_errors_of_the_outputs(count):
     """With fewer tokens than features, and with more."""
     layer, samples = decoder_layer(lengths=(20, 200))
     watched = {name: layer.get_submodule(name) for name in dict.fromkeys(LINEARS.values())}
-    _, statistics, inputs = observe(layer, samples[:count], watched, GROUP)
+    statistics, inputs = observe(layer, samples[:count], watched, GROUP)
     assert (statistics["mlp.down_proj"].gram is None) == (count == 1)
     (group,) = [group for group in groups_of(layer) if group.name == "mlp.down_proj"]
     (linear,) = group.linears
@@ -379,7 +378,7 @@ def test_scales_are_those_of_autoawq(autoawq, duo):
     layer, samples = decoder_layer()
     samples = samples[:1]
     watched = {name: layer.get_submodule(name) for name in dict.fromkeys(LINEARS.values())}
-    _, statistics, inputs = observe(layer, samples, watched, GROUP)
+    statistics, inputs = observe(layer, samples, watched, GROUP)
     inspected = {"self_attn.q_proj": layer.self_attn, "mlp.gate_proj": layer.mlp}
     for group in groups_of(layer):
         loss = loss_of(layer, group, samples, inputs, statistics)
@@ -522,6 +521,38 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_result(source, quantized, 
     one, two = (load_file(folder / "model.safetensors") for folder in (quantized, tmp_path / "out"))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items()) and one.keys() == two.keys()
     assert {path.name for path in quantized.iterdir()} == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.slow
+def test_gptq_is_an_int4_variant_too(source, tmp_path):
+    """In a process of its own, with packages from a folder of their own."""
+    packages = REPOSITORY / ".venv" / "gptq"
+    if not packages.is_dir() and importlib.util.find_spec("optimum") is None:
+        pytest.skip("optimum and gptqmodel are not installed")
+    path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "vila.quantize", str(source), str(tmp_path / "out"), "--method", "gptq"]
+    command += ["--group-size", str(GROUP), "--samples", "6"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+    main([str(source), str(tmp_path / "rtn"), "--group-size", str(GROUP), "--method", "rtn"])
+    model, plain, whole = (load(folder, "float32") for folder in (tmp_path / "out", tmp_path / "rtn", source))
+    with torch.no_grad():
+        assert type(model.model.language_model.layers[1].mlp.up_proj).__name__ == "Int4Linear"
+        processor = AutoProcessor.from_pretrained(source)
+        chats = calibration_chats(None, 6)
+        errors = [0.0, 0.0]
+        for chat in chats:
+            inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+            expected = whole(**inputs).logits
+            for number, each in enumerate((model, plain)):
+                errors[number] += (each(**inputs).logits - expected).square().mean().item()
+        assert errors[0] < errors[1]
+
+
+def test_gptq_without_its_packages_says_what_to_install(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optimum.gptq", None)
+    with pytest.raises(SystemExit, match=r"vila-hf\[quantize\]"):
+        main([str(source), str(tmp_path / "out"), "--group-size", str(GROUP), "--method", "gptq"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_report_tells_losses_and_options(quantized):
