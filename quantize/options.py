@@ -16,7 +16,7 @@ class Options:
     """How a checkpoint is quantised.
 
     Attributes:
-        method: `"awq"` searches scales and clips on calibration data, `"gptq"` makes up for its errors while it rounds,
+        method: `"awq"` searches scales and clips on calibration data, `"gptq"` makes up for errors while it rounds,
             `"rtn"` rounds to nearest.
         bits: of a weight; 3 is for comparisons and stored in 4.
         group_size: inputs that share a scale.
