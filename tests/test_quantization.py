@@ -316,6 +316,10 @@ def test_losses_of_linear_groups_are_the_errors_of_the_outputs(count):
     rows = torch.cat([one["mlp.down_proj"].flatten(0, 1) for one in inputs])
     exact = (rows @ (changed - linear.weight).t()).square().mean().item()
     assert found == pytest.approx(exact, rel=1e-4)
+    best = find_scales(
+        group, statistics[group.name], loss_of(layer, group, samples, inputs, statistics), GROUP, 3, True
+    )
+    assert best.plain_loss == pytest.approx(exact, rel=1e-4) and best.loss <= best.plain_loss
 
 
 @torch.no_grad()
