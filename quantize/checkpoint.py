@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..conversion_vila import copy_code
 from ..loading_vila import Checkpoint, check_device
 from ..quantization_vila import Int8Head
@@ -96,6 +98,7 @@ def load_whole(source: str | Path) -> tuple[Any, Any]:
 
 def write(model: Any, processor: Any, options: Options, target: Path, report: dict[str, Any]) -> None:
     """Writes everything that belongs to a checkpoint; the files appear in the target when all are complete."""
+    model.to(getattr(torch, options.dtype))
     if options.head_bits == 8:
         model.set_output_embeddings(Int8Head(model.lm_head, is_tied=model.config.tie_word_embeddings))
     model.config.quantization_config = options.config()

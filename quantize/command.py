@@ -5,7 +5,7 @@ import sys
 
 from ..quantization_vila import HEAD_BITS
 from .checkpoint import from_llm_awq, quantize
-from .options import BITS, METHODS, Options
+from .options import BITS, DTYPES, METHODS, Options
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -25,6 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-duo", dest="duo", action="store_false", help="scales by activations alone")
     parser.add_argument("--no-clip", dest="clips", action="store_false", help="do not search for clipping")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the calibration")
+    parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="of the rest; default: %(default)s")
     parser.add_argument("--device", help="that searches (default: the CPU)")
     return parser.parse_args(arguments)
 

@@ -7,6 +7,8 @@ from ..quantization_vila import HEAD_BITS
 
 METHODS = ("awq", "gptq", "rtn")
 BITS = (3, 4)
+DTYPES = ("bfloat16", "float16", "float32")
+OPTIONS = {"method": METHODS, "bits": BITS, "head_bits": HEAD_BITS, "dtype": DTYPES}
 # what is left as it is, in our tree and in the names of the files: engines compare prefixes or search for substrings
 SKIPPED = ("model.vision_tower", "vision_tower", "model.multi_modal_projector", "mm_projector", "lm_head")
 
@@ -25,6 +27,7 @@ class Options:
         media_share: share of them with pictures or videos.
         duo: whether scales also grow where weights are small.
         clips: whether weights are clipped.
+        dtype: of what is not quantised; the int4 kernels are fast with bfloat16 alone.
     """
 
     method: str = "awq"
@@ -37,9 +40,10 @@ class Options:
     duo: bool = True
     clips: bool = True
     seed: int = 0
+    dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("bits", BITS), ("head_bits", HEAD_BITS)):
+        for name, allowed in OPTIONS.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.samples < 1 or self.max_tokens < 1 or not 0 <= self.media_share <= 1:

@@ -151,6 +151,8 @@ def test_a_quantised_checkpoint_loads_like_any_other(quantized):
     assert int4 == {f"model.language_model.layers.{n}.{name}" for n in range(2) for name in LINEARS}
     assert kinds["lm_head"] is nn.Linear
     files = load_file(quantized / "model.safetensors")
+    assert {tensor.dtype for tensor in files.values()} == {torch.int32, torch.float16, torch.bfloat16}
+    assert json.loads((quantized / "config.json").read_text())["dtype"] == "bfloat16"
     assert files["llm.model.layers.0.mlp.up_proj.qweight"].dtype == torch.int32
     assert files["llm.model.layers.0.mlp.up_proj.scales"].dtype == torch.float16
 
