@@ -62,25 +62,24 @@ def quantize(
     return target
 
 
-def from_llm_awq(
-    source: str | Path, weights: str | Path, target: str | Path, group_size: int = 128, head_bits: int = 16
-) -> Path:
+def from_llm_awq(source: str | Path, weights: str | Path, target: str | Path, options: Options | None = None) -> Path:
     """Turns a language model that llm-awq published into a checkpoint that `AutoModel.from_pretrained` loads.
 
     Args:
         source: the VILA checkpoint that was quantised; what the file does not hold is taken from it.
         weights: `*-v2.pt`.
         target: folder that is new or empty.
+        options: group size and head bits, and the format of the rest.
 
     Raises:
         ValueError, FileNotFoundError: see `load_llm_awq`; nothing is written then.
         FileExistsError: if the target is not empty.
     """
-    options, target = Options(method="rtn", group_size=group_size, head_bits=head_bits), Path(target)
+    options, target = options or Options(), Path(target)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists and is not empty")
     model, processor = load_whole(source)
-    load_llm_awq(model, Path(weights), group_size)
+    load_llm_awq(model, Path(weights), options.group_size)
     target.mkdir(parents=True, exist_ok=True)
     write(model, processor, options, target, {"source": Path(source).name, "llm_awq": Path(weights).name})
     return target

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     )
     try:
         if file is not None:
-            path = from_llm_awq(model, file, out, given["group_size"], given["head_bits"])
+            path = from_llm_awq(model, file, out, Options(**given))
         else:
             path = quantize(model, out, Options(**given), calibration, device)
     except (ImportError, OSError, ValueError) as error:

@@ -454,7 +454,8 @@ def published(source, autoawq, tmp_path):
 
 @torch.no_grad()
 def test_published_weights_become_a_checkpoint(source, published, tmp_path):
-    main([str(source), str(tmp_path / "out"), "--from-llm-awq", str(published), "--group-size", str(GROUP)])
+    options = ["--group-size", str(GROUP), "--dtype", "float32"]
+    main([str(source), str(tmp_path / "out"), "--from-llm-awq", str(published), *options])
     model, expected = load(tmp_path / "out", "float32"), load(source, "float32")
     for layer in expected.model.language_model.layers:
         for name in LINEARS:
