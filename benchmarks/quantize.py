@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import generate, resident, seconds_of
 from transformers import GenerationConfig
 from vila import VilaConfig, VilaForConditionalGeneration, VilaImageProcessor, VilaProcessor
 from vila.conversion_vila import AUTO_MAP
@@ -76,7 +77,7 @@ def save_model(shape: str, folder: Path) -> None:
 
 
 def quantize(source: Path, target: Path, *options: str) -> dict[str, float]:
-    """Runs the command in a process of its own; seconds and peak memory in GiB."""
+    """Runs the command in a process of its own; seconds and peak memory in MiB."""
     command = [sys.executable, "-m", "vila.quantize", str(source), str(target), "--group-size", str(GROUP), *options]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -87,15 +88,6 @@ def quantize(source: Path, target: Path, *options: str) -> dict[str, float]:
     if process.returncode:
         raise SystemExit("quantising failed")
     return {"seconds": time.perf_counter() - start, "peak": peak}
-
-
-def resident(name: str, process: int | str = "self") -> float:
-    """`VmRSS` or `VmHWM` of a process in GiB; 0 when it has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0) / 2**20
 
 
 def load(variant: str, folder: Path, device: str = "cpu") -> Any:
@@ -118,43 +110,24 @@ def bytes_per_token(model: Any) -> float:
     return total + (head.values.nbytes if isinstance(head, Int8Head) else head.weight.nbytes)
 
 
-def seconds_of(work: Callable[[], Any], device: str = "cpu") -> float:
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def bandwidth_of(device: str) -> float:
     """Bytes/s: of reading a large array on a CPU, of reading and writing one on a GPU; the best of several."""
     data = torch.ones(2**28, device=device)
     if device == "cpu":
         return max(data.nbytes / seconds_of(data.sum) for _ in range(8))
     other = torch.empty_like(data)
-    return max(2 * data.nbytes / seconds_of(lambda: other.copy_(data), device) for _ in range(8))
+    return max(2 * data.nbytes / seconds_of(finished(lambda: other.copy_(data), device)) for _ in range(8))
 
 
-class Clock:
-    """A streamer that notes when tokens come."""
+def finished(work: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """Work that is waited for, where a device only takes orders."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def wait() -> None:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def decode(model: Any, ids: torch.Tensor, **options: Any) -> float:
-    """Median seconds from token to token."""
-    clock = Clock()
-    model.generate(
-        input_ids=ids, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False, streamer=clock, **options
-    )
-    return statistics.median(b - a for a, b in zip(clock.times[1:], clock.times[2:]))
+    return wait
 
 
 def prompt(device: str = "cpu") -> torch.Tensor:
@@ -169,8 +142,8 @@ def measure_times(folder: Path, device: str, repeats: int) -> None:
     loaded = {variant: load(variant, folder, device) for variant in VARIANTS}
     ids = prompt(device)
     works: dict[str, Callable[[Any], float]] = {
-        "decode": lambda model: decode(model, ids, **compiled),
-        "prefill": lambda model: seconds_of(partial(model, ids, logits_to_keep=1), device),
+        "decode": lambda model: statistics.median(generate(model, NEW_TOKENS, input_ids=ids, **compiled)),
+        "prefill": lambda model: seconds_of(finished(partial(model, ids, logits_to_keep=1), device)),
     }
     for row, work in works.items():
         for model in loaded.values():
@@ -193,7 +166,7 @@ def measure_memory(variant: str, folder: Path) -> None:
     """Peak of loading, a prompt and some tokens, above what the imports take."""
     before = resident("VmRSS")
     model = load(variant, folder)
-    decode(model, prompt())
+    generate(model, NEW_TOKENS, input_ids=prompt())
     sys.stdout.write(json.dumps(resident("VmHWM") - before) + "\n")
 
 
@@ -212,7 +185,7 @@ def main() -> None:
         folder = Path(name)
         save_model(options.shape, folder / "source")
         cost = quantize(folder / "source", folder / "int4", "--method", "rtn")
-        sys.stdout.write(f"round: {cost['seconds']:.0f} s, peak {cost['peak']:.2f} GiB\n")
+        sys.stdout.write(f"round: {cost['seconds']:.0f} s, peak {cost['peak'] / 1024:.2f} GiB\n")
         measure_times(folder, options.device, options.repeats)
         if options.device == "cpu":
             peaks = {}
@@ -222,10 +195,10 @@ def main() -> None:
                 peaks[variant] = json.loads(output.splitlines()[-1])
             for variant, peak in peaks.items():
                 ratio = peak / peaks["bfloat16"]
-                sys.stdout.write(f"memory   {variant:16s} {peak:9.2f} GiB {ratio:5.2f} x bfloat16\n")
+                sys.stdout.write(f"memory   {variant:16s} {peak / 1024:9.2f} GiB {ratio:5.2f} x bfloat16\n")
         if options.search:
             cost = quantize(folder / "source", folder / "awq", "--samples", str(options.search))
-            sys.stdout.write(f"search: {cost['seconds']:.0f} s, peak {cost['peak']:.2f} GiB\n")
+            sys.stdout.write(f"search: {cost['seconds']:.0f} s, peak {cost['peak'] / 1024:.2f} GiB\n")
 
 
 if __name__ == "__main__":
