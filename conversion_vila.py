@@ -23,7 +23,6 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from .chat_templates_vila import CONV_MODES, choose_chat_template, choose_vila_u_template, stop_token_ids
 from .configuration_vila import ORIGINAL_CONFIG_KEYS, VilaConfig
@@ -167,9 +166,7 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
     ).save_pretrained(target)
     if (source / "llm" / "tokenizer.model").is_file():
         shutil.copy(source / "llm" / "tokenizer.model", target)  # not needed here; for the way back
-    for path in family.code_files:
-        for file in [path, *get_relative_import_files(path)]:
-            shutil.copy(file, target)
+    family.copy_code(target)
     return family.config_class.from_pretrained(target)
 
 
