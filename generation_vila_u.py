@@ -170,8 +170,10 @@ class VilaUGenerationMixin(VilaGenerationMixin):
         if unknown := sorted(set(options) - set(DRAWING_DEFAULTS)):
             raise ValueError(f"{', '.join(unknown)}: not for drawing")
         size = self.config.codebook_size
-        chosen: dict[str, Any] = {**DRAWING_DEFAULTS, **(getattr(self.generation_config, "drawing", None) or {})}
-        chosen["top_k"] = min(chosen["top_k"], size)  # the release's, whatever the codebook
+        own = getattr(self.generation_config, "drawing", None) or {}
+        if not isinstance(own, dict) or not set(own) <= set(DRAWING_DEFAULTS):
+            raise ValueError(f"generation_config.drawing may hold {', '.join(DRAWING_DEFAULTS)} only")
+        chosen: dict[str, Any] = {**DRAWING_DEFAULTS, "top_k": min(DRAWING_DEFAULTS["top_k"], size), **own}
         given = {name: getattr(generation_config, name, None) for name in DRAWING_DEFAULTS}
         chosen |= {name: value for name, value in (*given.items(), *options.items()) if value is not None}
         filters = code_filters(size, chosen["temperature"], chosen["top_k"], chosen["top_p"])

@@ -181,4 +181,4 @@ def to_vila_u_processor(
 
 def drawing_options(config: VilaUConfig) -> dict[str, Any]:
     """How the release draws, as far as the codebook allows: `drawing` in `generation_config.json`."""
-    return {**DRAWING_DEFAULTS, "top_k": min(int(DRAWING_DEFAULTS["top_k"]), config.codebook_size)}
+    return {**DRAWING_DEFAULTS, "top_k": min(DRAWING_DEFAULTS["top_k"], config.codebook_size)}

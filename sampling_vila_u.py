@@ -17,7 +17,13 @@ from transformers import (
 )
 
 # of the release; a converted checkpoint has them in its generation_config.json
-DRAWING_DEFAULTS = {"do_sample": True, "guidance_scale": 3.0, "temperature": 1.0, "top_k": 900, "top_p": 0.96}
+DRAWING_DEFAULTS: dict[str, Any] = {
+    "do_sample": True,
+    "guidance_scale": 3.0,
+    "temperature": 1.0,
+    "top_k": 900,
+    "top_p": 0.96,
+}
 
 
 @dataclass

@@ -214,6 +214,25 @@ def test_defaults_of_the_release_are_the_checkpoints(model, folder):
     assert torch.equal(sampling.probabilities(logits), explicit.probabilities(logits))
 
 
+@pytest.mark.parametrize(
+    ("drawing", "message"),
+    [
+        (["top_k"], "drawing may hold"),
+        ({"beams": 2}, "drawing may hold"),
+        ({"top_k": "many"}, "top_k"),
+        ({"top_k": 65}, "top_k"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"guidance_scale": [3]}, "guidance_scale"),
+    ],
+    ids=str,
+)
+def test_checkpoints_defaults_without_sense_are_refused(model, processor, monkeypatch, drawing, message):
+    monkeypatch.setattr(model.generation_config, "drawing", drawing)
+    inputs = processor(text=PROMPTS[:1], generation_mode="image", return_tensors="pt")
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, generation_mode="image")
+
+
 def test_options_of_a_call_win_over_a_config(model, processor):
     config = GenerationConfig(top_k=1, do_sample=True)
     likeliest = draw(model, processor, PROMPTS[:1])
