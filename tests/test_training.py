@@ -653,6 +653,18 @@ def test_command_trains_resumes_and_saves_what_loads(command, lite, data, tmp_pa
         assert resumed.eval()(**VilaDataCollator(AutoProcessor.from_pretrained(output))(ROWS)).loss < losses[0]
 
 
+def test_command_teaches_a_vila_u_to_draw(command, vila_u_folder, tmp_path):
+    PICTURE["image"].save(tmp_path / "picture.png")
+    drawn = chat([text("A snowy mountain.")], [{"type": "image", "path": str(tmp_path / "picture.png")}])
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in (drawn, TEXT_ROW, drawn, TEXT_ROW)) + "\n")
+    output = tmp_path / "out_u"
+    run(command, vila_u_folder, file, output, "--max_steps", "1", "--packing", "True", "--learning_rate", "1e-2")
+    before, after = (load(folder).model.depth_transformer.head.weight for folder in (vila_u_folder, output))
+    assert not torch.equal(before, after)
+    assert AutoProcessor.from_pretrained(output)(text="A cat.", generation_mode="image")["negative_prompt_ids"]
+
+
 def test_command_trains_adapters(command, lite, data, tmp_path):
     from peft import PeftModel
 
