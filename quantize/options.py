@@ -10,7 +10,14 @@ BITS = (3, 4)
 DTYPES = ("bfloat16", "float16", "float32")
 OPTIONS = {"method": METHODS, "bits": BITS, "head_bits": HEAD_BITS, "dtype": DTYPES}
 # what is left as it is, in our tree and in the names of the files: engines compare prefixes or search for substrings
-SKIPPED = ("model.vision_tower", "vision_tower", "model.multi_modal_projector", "mm_projector", "lm_head")
+SKIPPED = (
+    "model.vision_tower",
+    "vision_tower",
+    "model.multi_modal_projector",
+    "mm_projector",
+    "lm_head",
+    "model.depth_transformer",
+)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ from vila.conversion_vila import convert
 from vila.conversion_vila import main as convert_main
 from vila.generation_vila_u import VilaUPictureStreamer
 from vila.original_config_vila_u import SIGLIP_CONFIGS, siglip_config
+from vila.quantization_vila import Int4Linear
+from vila.quantize.checkpoint import quantize
+from vila.quantize.options import Options
 
 CASE = VILA_U_CASE
 PROMPTS = ["A snowy mountain.", "Fireworks in the air, over a river, at night.", "Cats."]
@@ -625,6 +628,16 @@ def test_conversion_in_place_links_nothing_and_copies_nothing(tmp_path):
     _, info = AutoModel.from_pretrained(source, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert json.loads((source / "original_files" / "config.json").read_text())["model_type"] == "vila_u_llama"
+
+
+def test_int4_language_model_draws_and_the_rest_is_left_alone(folder, model, processor, tmp_path):
+    small = quantize(folder, tmp_path / "int4_u", Options(method="rtn", group_size=32, head_bits=16))
+    loaded = AutoModel.from_pretrained(small, dtype="bfloat16")
+    parts = {name.split(".")[1] for name, module in loaded.named_modules() if isinstance(module, Int4Linear)}
+    assert parts == {"language_model"}
+    depth = loaded.model.depth_transformer.head.weight
+    assert torch.equal(depth, model.model.depth_transformer.head.weight.bfloat16())
+    assert draw(loaded, AutoProcessor.from_pretrained(small), PROMPTS[:1]).pixel_values.isfinite().all()
 
 
 def edited(tmp_path, file, change):
