@@ -139,7 +139,9 @@ class Ps3VisionConfig(PreTrainedConfig):
     def _check_scales(self) -> None:
         scales = self.ps3_scales
         if len(scales) < 2 or sorted(set(scales)) != scales or not 1 <= scales[0] <= scales[-1] <= MAX_SCALE:
-            raise ValueError(f"ps3_scales must be at least two ascending sizes of up to {MAX_SCALE} pixels, got {scales}")
+            raise ValueError(
+                f"ps3_scales must be at least two ascending sizes of up to {MAX_SCALE} pixels, got {scales}"
+            )
         for scale in scales:
             if scale % self.patch_size or scale % scales[0]:
                 raise ValueError(
@@ -225,7 +227,7 @@ class Ps3Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):
-            self.text_config = Ps3TextConfig(**{key: value for key, value in self.text_config.items()})
+            self.text_config = Ps3TextConfig(**self.text_config)
         super().__post_init__(**kwargs)
 
 
@@ -233,8 +235,8 @@ def refuse_original(options: dict[str, Any]) -> None:
     for key in ("model_name", "hf_tokenizer_name"):
         if key in options:
             raise ValueError(
-                f"this is the config of an original PS3 checkpoint (it has {key!r}): run `vila-convert SRC DST` on the "
-                "folder first"
+                f"this is the config of an original PS3 checkpoint (it has {key!r}): run `vila-convert SRC DST` on "
+                "the folder first"
             )
 
 

@@ -26,11 +26,11 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-from . import configuration_vila, modeling_vila, processing_vila
 from .chat_templates_vila import CONV_MODES, SENTINEL, choose_chat_template, stop_token_ids
 from .configuration_vila import ORIGINAL_CONFIG_KEYS, VilaConfig
-from .modeling_vila import VilaForConditionalGeneration
+from .families_vila import FAMILIES, PS3, VILA_HD, Family, family_of
 from .original_config_vila import to_image_processor, to_original_configs, to_processor_options, to_vila_config
+from .original_config_vila_hd import to_ps3_config, to_ps3_image_processor, to_vila_hd_config, to_vila_hd_processor
 from .processing_vila import VilaProcessor
 from .weight_files_vila import (
     Shard,
@@ -42,18 +42,10 @@ from .weight_files_vila import (
     placed_names,
     split_to_parts,
 )
-from .weight_names_vila import PART_PREFIXES, with_module_names
+from .weight_names_vila import PART_PREFIXES
 
 BACKUP_FOLDER = "original_files"
 DEFAULT_MAX_NEW_TOKENS = 1024
-MODEL_CLASS = "modeling_vila.VilaForConditionalGeneration"
-AUTO_MAP = {
-    "AutoConfig": "configuration_vila.VilaConfig",
-    "AutoModel": MODEL_CLASS,
-    "AutoModelForCausalLM": MODEL_CLASS,
-    "AutoModelForImageTextToText": MODEL_CLASS,
-    "AutoModelForMultimodalLM": MODEL_CLASS,
-}
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "LICENSE*", "README.md"]
 
@@ -90,7 +82,8 @@ def convert(
         raise ValueError("--in-place needs a folder and takes neither a target nor --copy")
     source = resolve_source(source)
     root = read_root_config(source)
-    shards = part_shards(source)
+    family = family_of(root)
+    shards = {"": find_shards(source)} if family is PS3 else family.used_shards(part_shards(source))
     if in_place:
         target = source
     else:
@@ -100,10 +93,12 @@ def convert(
     with tempfile.TemporaryDirectory() as staging_name:
         staging = Path(staging_name)
         try:
-            write_metadata(source, root, staging, conv_mode, DTYPES.get(shards["llm"][0].dtype, "float32"))
+            dtype = DTYPES.get(next(iter(shards.values()))[0].dtype, "float32")
+            write = write_encoder_metadata if family is PS3 else write_metadata
+            config = write(source, root, staging, conv_mode, dtype)
         except StrictDataclassError as error:
             raise ValueError(f"a config of {source} makes no sense: {error}") from error
-        check_weights(VilaConfig.from_pretrained(staging), shards)
+        check_weights(family, config, shards)
         if not copy:
             index_parts(shards, staging, separator="/" if in_place else "-")
         target.mkdir(parents=True, exist_ok=True)
@@ -130,10 +125,14 @@ def read_root_config(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json")
     root = read_json(source / "config.json")
-    if "text_config" in root:
+    # an original PS3 config has sub-configs, too, with other options
+    is_encoder = FAMILIES.get(str(root.get("model_type"))) is PS3
+    if "position_grid" in (root.get("vision_config") or {}) if is_encoder else "text_config" in root:
         raise ValueError(f"{source} is already converted")
-    if root.get("model_type") not in ("llava_llama", "vila"):
-        raise ValueError(f"config.json: model_type {root.get('model_type')!r} is no VILA-1.5 or NVILA checkpoint")
+    if root.get("model_type") not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type {root.get('model_type')!r} is no VILA-1.5, NVILA, VILA-HD or PS3 checkpoint"
+        )
     return root
 
 
@@ -161,8 +160,34 @@ def read_part_configs(source: Path, root: dict[str, Any]) -> list[dict[str, Any]
     return configs
 
 
-def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: str, dtype: str) -> None:
-    """Everything but the weights: configs, tokenizer, chat template and the modules that `auto_map` reaches."""
+def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: str, dtype: str) -> Any:
+    """Everything but the weights: configs, tokenizer, chat template and the modules that `auto_map` reaches.
+
+    Returns the config.
+    """
+    family = family_of(root)
+    describe = describe_vila_hd if family is VILA_HD else describe_vila
+    config, processor, generation = describe(source, root, conv_mode)
+    tokenizer, template = processor.tokenizer, str(processor.chat_template)
+    config.architectures, config.dtype, config.auto_map = [family.model_class.__name__], dtype, family.auto_map
+    processor.save_pretrained(target)
+    config.save_pretrained(target)
+    GenerationConfig(
+        eos_token_id=stop_token_ids(template, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
+        suppress_tokens=[config.image_token_id, config.video_token_id],
+        **generation,
+    ).save_pretrained(target)
+    if (source / "llm" / "tokenizer.model").is_file():
+        shutil.copy(source / "llm" / "tokenizer.model", target)  # not needed here; for the way back
+    copy_code(family, target)
+    return family.config_class.from_pretrained(target)
+
+
+def describe_vila(source: Path, root: dict[str, Any], conv_mode: str) -> tuple[VilaConfig, VilaProcessor, dict]:
+    """Config, processor and generation options of a VILA-1.5, NVILA or LongVILA checkpoint."""
     llm, tower, projector = read_part_configs(source, root)
     tokenizer = load_tokenizer(source / "llm")
     template = choose_chat_template(conv_mode, tokenizer, llm.get("model_type"), source, root)
@@ -176,7 +201,6 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
         video_token_id=tokenizer.convert_tokens_to_ids(VilaProcessor.video_token),
         time_token_ids=time_token_ids(root, tokenizer, llm.get("vocab_size", 0)),
     )
-    config.architectures, config.dtype, config.auto_map = ["VilaForConditionalGeneration"], dtype, AUTO_MAP
     preprocessor = read_json(source / "vision_tower" / "preprocessor_config.json")
     processor = VilaProcessor(
         to_image_processor(root, preprocessor, config),
@@ -186,19 +210,37 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
         s2_output_scale=config.s2_resize_output_to_scale_idx,
         **to_processor_options(root),
     )
-    processor.save_pretrained(target)
+    return config, processor, {}
+
+
+def describe_vila_hd(source: Path, root: dict[str, Any], conv_mode: str) -> tuple[VilaConfig, VilaProcessor, dict]:
+    """The same of a VILA-HD checkpoint."""
+    llm, tower, projector = read_part_configs(source, root)
+    tokenizer = load_tokenizer(source / "llm")
+    tokenizer.chat_template = choose_chat_template(conv_mode, tokenizer, llm.get("model_type"), source, root)
+    weights = all_shapes(find_shards(source / "mm_projector"))
+    config = to_vila_hd_config(root, llm, tower, projector, weights, tokenizer)
+    preprocessor = read_json(source / "vision_tower" / "preprocessor_config.json")
+    return config, to_vila_hd_processor(root, preprocessor, config, tokenizer), {}
+
+
+def write_encoder_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: str, dtype: str) -> Any:
+    """As `write_metadata`, of a bare PS3 encoder; it has no tokenizer and no chat."""
+    config = to_ps3_config(root, all_shapes(find_shards(source)))
+    config.architectures, config.dtype, config.auto_map = [PS3.model_class.__name__], dtype, PS3.auto_map
+    to_ps3_image_processor(read_json(source / "preprocessor_config.json"), config).save_pretrained(target)
     config.save_pretrained(target)
-    GenerationConfig(
-        eos_token_id=stop_token_ids(template, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
-        suppress_tokens=[config.image_token_id, config.video_token_id],
-    ).save_pretrained(target)
-    if (source / "llm" / "tokenizer.model").is_file():
-        shutil.copy(source / "llm" / "tokenizer.model", target)  # not needed here; for the way back
-    for module in (modeling_vila, processing_vila, configuration_vila):
-        path = str(module.__file__)
+    copy_code(PS3, target)
+    return PS3.config_class.from_pretrained(target)
+
+
+def all_shapes(shards: list[Shard]) -> dict[str, list[int]]:
+    return {name: shape for shard in shards for name, shape in shard.shapes.items()}
+
+
+def copy_code(family: Family, target: Path) -> None:
+    """Puts the modules that `auto_map` reaches beside the weights, so that they load where the package is missing."""
+    for path in family.code_files:
         for file in [path, *get_relative_import_files(path)]:
             shutil.copy(file, target)
 
@@ -235,25 +277,25 @@ def time_token_ids(root: dict[str, Any], tokenizer: PreTrainedTokenizerBase, voc
     return list(ids) if ids and max(ids) < vocab_size else None
 
 
-def check_weights(config: VilaConfig, shards: dict[str, list[Shard]]) -> None:
+def check_weights(family: Family, config: Any, shards: dict[str, list[Shard]]) -> None:
     """Compares names and shapes with the model, so that nothing is initialised at random when it is loaded.
 
     Raises:
         ValueError: naming the first tensor that is missing, too many or of another shape.
     """
     with torch.device("meta"):
-        model = VilaForConditionalGeneration(config)
+        model = family.model_class(config)
         stored = {
-            PART_PREFIXES[part] + name: torch.empty(shape)
+            PART_PREFIXES.get(part, "") + name: torch.empty(shape)
             for part, files in shards.items()
             for shard in files
             for name, shape in shard.shapes.items()
         }
-    found = {name: list(tensor.shape) for name, tensor in with_module_names(stored).items()}
+    found = {name: list(tensor.shape) for name, tensor in family.with_module_names(stored).items()}
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"position_ids$", r"inv_freq$"]))
     for name in sorted(expected.keys() | found.keys()):
-        if name not in found and not (name == "lm_head.weight" and config.tie_word_embeddings):
+        if name not in found and not (name == "lm_head.weight" and getattr(config, "tie_word_embeddings", False)):
             raise ValueError(f"the checkpoint lacks the tensor {name!r}")
         if name not in expected and not ignored.search(name):
             raise ValueError(f"the checkpoint has the tensor {name!r}, which its configs do not speak of")

@@ -134,7 +134,7 @@ def plan_looks(
                 counts[number + 1] += excess
         left = [have - count for have, count in zip(left, counts)]
         yield counts
-    while num_token_look_close == ALL and sum(left[:num_scales]):
+    while num_token_look_close == ALL and any(left[:num_scales]):
         # what the proportions of the budget did not reach
         counts, room = [], capacity
         for number, have in enumerate(left):

@@ -51,8 +51,12 @@ class Ps3Mlp(nn.Module):
         self.norm: nn.Module = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, eps=norm_eps)
         self.fc2 = nn.Linear(hidden, size if out is None else out)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.norm(F.gelu(self.fc1(features))))
+    def forward(self, features: torch.Tensor, outputs: int | None = None) -> torch.Tensor:
+        """Args: outputs: compute only the first that many channels."""
+        hidden = self.norm(F.gelu(self.fc1(features)))
+        if outputs is None:
+            return self.fc2(hidden)
+        return F.linear(hidden, self.fc2.weight[:outputs], self.fc2.bias[:outputs])
 
 
 class Ps3Block(GradientCheckpointingLayer):
@@ -216,4 +220,3 @@ class Ps3Pyramid:
         """The pictures at a high-resolution scale."""
         rows, columns = self.grids[number]
         return self.resized(rows * self.patch_size, columns * self.patch_size)
-

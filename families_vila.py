@@ -1,0 +1,86 @@
+"""The families of checkpoints: the classes that each is loaded with, and the code that lies beside its weights."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .configuration_ps3 import Ps3Config
+from .configuration_vila import VilaConfig
+from .configuration_vila_hd import VilaHDConfig
+from .image_processing_vila import VilaImageProcessor
+from .modeling_ps3 import Ps3Model
+from .modeling_vila import VilaForConditionalGeneration
+from .modeling_vila_hd import VilaHDForConditionalGeneration
+from .processing_vila import VilaProcessor
+from .processing_vila_hd import VilaHDProcessor
+from .weight_files_vila import Shard
+from .weight_names_vila import with_module_names
+
+
+class Family(NamedTuple):
+    """Classes of one family.
+
+    with_module_names: a state dict under the original's names -> under the model's.
+    unused: pattern of tensors of an original that no model of the family has a place for.
+    """
+
+    config_class: type[Any]
+    model_class: type[Any]
+    processor_class: type[Any]
+    with_module_names: Callable[[Any], dict[str, Any]]
+    unused: str | None = None
+
+    @property
+    def model_type(self) -> str:
+        return self.config_class.model_type
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Where `trust_remote_code` finds the classes."""
+        model = remote_name(self.model_class)
+        names = ["AutoModel"]
+        if self.model_class.can_generate():
+            names += ["AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
+        return {"AutoConfig": remote_name(self.config_class), **dict.fromkeys(names, model)}
+
+    @property
+    def code_files(self) -> list[str]:
+        """Modules that hold the classes."""
+        classes: list[type] = [self.model_class, self.processor_class, self.config_class]
+        return [str(sys.modules[cls.__module__].__file__) for cls in classes]
+
+    def used_shards(self, shards: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
+        """The same files without the tensors that no model of the family has a place for."""
+        if self.unused is None:
+            return shards
+        pattern = re.compile(self.unused)
+
+        def used(shard: Shard) -> Shard:
+            return shard._replace(shapes={name: s for name, s in shard.shapes.items() if not pattern.search(name)})
+
+        return {part: [used(shard) for shard in files] for part, files in shards.items()}
+
+
+def remote_name(cls: type) -> str:
+    return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
+
+
+VILA = Family(VilaConfig, VilaForConditionalGeneration, VilaProcessor, with_module_names)
+VILA_HD = Family(VilaHDConfig, VilaHDForConditionalGeneration, VilaHDProcessor, with_module_names)
+# an encoder alone: its weights have the names that they load by
+PS3 = Family(Ps3Config, Ps3Model, VilaImageProcessor, dict)
+# model_type of an original's or a converted root config
+FAMILIES = {
+    "llava_llama": VILA,
+    "vila": VILA,
+    "llava_topdown_llama": VILA_HD,
+    "vila_hd": VILA_HD,
+    "ps3": PS3,
+    "ps3_vision_model": PS3,
+}
+
+
+def family_of(root: dict[str, Any]) -> Family:
+    """The family of a root config that `FAMILIES` knows."""
+    return FAMILIES[root["model_type"]]
