@@ -16,6 +16,8 @@ class VilaHDGenerationMixin(VilaGenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """`VilaForConditionalGeneration.generate` with the arguments of `LookOptions`.
 
+        A chat is continued with the same look options that it was begun with: the cache holds what they showed.
+
         Args:
             output_selection_maps: return an output that holds, besides `sequences`, the lists `selection_maps` and
                 `selection_probs`, for each high-resolution scale `(pictures, h, w)`; None where nothing was looked at.
@@ -72,8 +74,11 @@ class VilaHDGenerationMixin(VilaGenerationMixin):
         return looked
 
     def _can_reuse_prefix(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether the prompt's beginning may come from a cache: not for beams, whose rows are repeated later, and not
-        where another kind of cache, or none, is asked for."""
+        """Whether the prompt's beginning may come from a cache.
+
+        Not for beams, whose rows are repeated later; not for assisted generation, which wants to fill the cache from
+        its beginning; and not where another kind of cache, or none, is asked for.
+        """
         config = args[0] if args else kwargs.get("generation_config")
 
         def option(name: str) -> Any:
@@ -82,9 +87,10 @@ class VilaHDGenerationMixin(VilaGenerationMixin):
                     return source
             return None
 
+        is_assisted = kwargs.get("assistant_model") is not None or option("prompt_lookup_num_tokens") is not None
         is_single = (option("num_beams") or 1) == 1 and (option("num_return_sequences") or 1) == 1
         has_own_cache = option("cache_implementation") is not None or option("use_cache") is False
-        return is_single and not has_own_cache and kwargs.get("assistant_model") is None
+        return is_single and not has_own_cache and not is_assisted
 
 
 def as_encoded(features: list[torch.Tensor]) -> dict[str, BaseModelOutputWithPooling]:

@@ -94,7 +94,11 @@ class VilaHDModel(VilaHDLooking, VilaModel):
         options = LookOptions(num_look_close=1, look_close_mode="after_image").completed(self.config)
         view = self.vision_tower.see_low_res(picture)
         blocks, _, probs, _ = self._look_at(view, None, options, None)
-        return (self.project_low_res(view).sum() + blocks[0].sum() + probs[0].sum()) * 0
+        features = self.project_low_res(view)
+        used = [features, blocks[0], probs[0]]
+        if self.config.top_down_prompt_head_type is not None:
+            used.append(self.multi_modal_projector.top_down_prompt_head(features[:, 0]))
+        return torch.stack([part.sum() for part in used]).sum() * 0
 
 
 class VilaHDForConditionalGeneration(VilaHDGenerationMixin, VilaForConditionalGeneration):
@@ -182,7 +186,7 @@ class VilaHDForConditionalGeneration(VilaHDGenerationMixin, VilaForConditionalGe
             inserted = batch.columns < 0
             targets = without_empty(labels.gather(1, batch.columns.clamp(min=0)).masked_fill(inserted, -100))
         output = super().forward(
-            batch.input_ids,  # type: ignore[arg-type]
+            batch.input_ids,
             attention_mask=batch.attention_mask,
             labels=targets,
             mm_encoder_outputs=as_encoded(looked.features),

@@ -193,7 +193,8 @@ def to_vila_hd_processor(
         tokenizer,
         chat_template=str(tokenizer.chat_template),
         num_tile_tokens=config.num_tile_tokens,
-        **to_processor_options(root),
+        # frames are pictures here, whatever encoder of videos a config names
+        **{**to_processor_options(root), "video_as_images": True},
     )
 
 
