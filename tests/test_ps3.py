@@ -14,12 +14,13 @@ from vila.modeling_ps3 import Ps3Model
 from vila.original_config_vila_hd import to_ps3_vision_config
 from vila.selection_ps3 import choose_patches, plan_looks
 
-CASE = COMMITTED_GOLDENS / "vila_hd" / "ps3_top_down"
+# the tower of a VILA-HD is an encoder's folder itself
+SOURCE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm" / "checkpoint" / "vision_tower"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return convert(CASE / "checkpoint", tmp_path_factory.mktemp("ps3") / "tiny-ps3")
+    return convert(SOURCE, tmp_path_factory.mktemp("ps3") / "tiny-ps3")
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,19 @@ def test_encoder_without_text_or_pooling_says_so():
         model.get_image_features(pictures(1, 112, 112))
 
 
+def test_text_makes_a_prompt_of_the_encoders_width():
+    text = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"vocab_size": 30, "context_length": 6, "projection_size": 24, "prompt_size": 24}
+    for options in ({}, {"is_causal": True, "pool_type": "argmax", "projection_bias": False}):
+        model = Ps3Model(Ps3Config(vision_config=tiny_config(), text_config={**text, **options})).eval()
+        with torch.no_grad():
+            found = model.get_text_features(torch.tensor([[1, 2, 29, 0, 0, 0]]))
+            assert found.pooler_output.shape == (1, 24)
+            model(pictures(1, 112, 112), prompt=found.last_hidden_state)
+    with pytest.raises(ValueError, match="7 ids"):
+        model.get_text_features(torch.zeros(1, 7, dtype=torch.long))
+
+
 def test_radio_adapter_and_pool_of_another_width():
     config = tiny_config(position_mode="crop", position_grid=8, final_norm=False, pooling_size=32)
     config.adapter_size, config.adapter_blocks = 8, 2
@@ -212,7 +226,7 @@ def test_remote_code_of_a_converted_encoder_is_complete(folder):
 @pytest.mark.parametrize("way", ["in_place", "copy"])
 def test_every_way_of_converting_gives_the_same_encoder(way, model, tmp_path):
     source = tmp_path / f"original-{way}"
-    shutil.copytree(CASE / "checkpoint", source)
+    shutil.copytree(SOURCE, source)
     converted = convert(
         source, **({"in_place": True} if way == "in_place" else {"target": tmp_path / "c", "copy": True})
     )

@@ -1,6 +1,10 @@
 """VILA-HD: looking at pictures of batches, chats and videos, what is computed once, options, and training."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -298,7 +302,7 @@ def test_wrong_pixels_and_placeholders_are_refused(model, processor):
         model.generate(**{**inputs, **cut})
 
 
-# ------------------------------------------------------------------------------------------------------ saving, drawing
+# ----------------------------------------------------------------------------------------------------- saving, drawing
 
 
 def test_saved_model_loads_with_the_code_beside_it(model, processor, tmp_path):
@@ -309,6 +313,49 @@ def test_saved_model_loads_with_the_code_beside_it(model, processor, tmp_path):
     inputs = encode(AutoProcessor.from_pretrained(saved), ONE)
     assert torch.equal(answer(again, inputs), answer(model, inputs))
     assert (saved / "modeling_vila_hd.py").is_file() and (saved / "selection_ps3.py").is_file()
+
+
+WITHOUT_PACKAGE = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name == "vila" or name.startswith("vila."):
+            raise ImportError("the package must not be needed")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModel, AutoProcessor
+
+folder, encoder, chat = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="float32").eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor.apply_chat_template(
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, output_selection_maps=True)
+image = processor.draw_selection(__import__("PIL.Image").Image.new("RGB", (8, 8)), output.selection_maps)
+tower = AutoModel.from_pretrained(encoder, trust_remote_code=True, dtype="float32").eval()
+features = tower(torch.zeros(1, 3, 280, 280)).last_hidden_state
+new_ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+json.dump({"ids": new_ids, "tokens": features.shape[1], "size": image.size}, sys.stdout)
+"""
+
+
+def test_code_beside_the_weights_answers_without_the_package(folder, model, processor, tmp_path):
+    encoder = convert(CASE / "checkpoint" / "vision_tower", tmp_path / "tiny-encoder")
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), str(encoder), json.dumps(ONE)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["ids"] == answer(model, encode(processor, ONE))[0].tolist()
+    assert (found["tokens"], found["size"]) == (25 + 60, [8, 8])
 
 
 def test_overlay_shows_what_was_looked_at(model, processor):
@@ -324,6 +371,21 @@ def test_overlay_shows_what_was_looked_at(model, processor):
     assert processor.draw_selection(image, None).getpixel((0, 0)) == dimmed
     with pytest.raises(ValueError, match="picture 5"):
         processor.draw_selection(image, maps, index=5)
+
+
+def test_command_line_looks_as_it_is_told(folder, capsys):
+    from vila.infer import main, parse_arguments
+
+    base = ["-m", str(folder), "--media", str(CASE / "input_0.png"), "--text", "what?", "--device", "cpu"]
+    answers = []
+    for look in ([], ["--num-look-close", "all"], ["--num_look_close", "0", "--look-close-mode", "after_image"]):
+        main([*base, "--max-new-tokens", "8", *look])
+        answers.append(capsys.readouterr().out)
+    assert len(set(answers)) == 3
+    options = parse_arguments([*base, "--select-num-each-scale", "12+48", "--num-token-look-close", "75"])
+    assert (options.select_num_each_scale, options.num_token_look_close) == ([12, 48], 75)
+    with pytest.raises(SystemExit):
+        main([*base, "--num-look-close", "1", "--num-token-look-close", "1"])
 
 
 # ----------------------------------------------------------------------------------------------------------- training
