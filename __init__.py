@@ -16,6 +16,7 @@ from transformers import (
 from .configuration_ps3 import Ps3Config
 from .configuration_vila import VilaConfig
 from .configuration_vila_hd import VilaHDConfig
+from .image_processing_ps3 import Ps3ImageProcessor
 from .image_processing_vila import VilaImageProcessor
 from .media_policy_vila import MediaPolicy
 from .modeling_ps3 import Ps3Model
@@ -35,8 +36,8 @@ AutoConfig.register("vila_hd", VilaHDConfig, exist_ok=True)
 AutoConfig.register("ps3", Ps3Config, exist_ok=True)
 AutoModel.register(Ps3Config, Ps3Model, exist_ok=True)
 AutoProcessor.register(VilaHDConfig, VilaHDProcessor, exist_ok=True)
-for config_class in (VilaHDConfig, Ps3Config):
-    AutoImageProcessor.register(config_class, image_processor_classes={"pil": VilaImageProcessor}, exist_ok=True)
+AutoImageProcessor.register(VilaHDConfig, image_processor_classes={"pil": VilaImageProcessor}, exist_ok=True)
+AutoImageProcessor.register(Ps3Config, image_processor_classes={"pil": Ps3ImageProcessor}, exist_ok=True)
 
 # a saved model or processor carries its own code, so that it loads where this package is not installed
 VilaConfig.register_for_auto_class()
@@ -47,11 +48,13 @@ VilaHDConfig.register_for_auto_class()
 VilaHDForConditionalGeneration.register_for_auto_class("AutoModel")
 VilaHDProcessor.register_for_auto_class("AutoProcessor")
 Ps3Config.register_for_auto_class()
+Ps3ImageProcessor.register_for_auto_class("AutoImageProcessor")
 Ps3Model.register_for_auto_class("AutoModel")
 
 __all__ = [
     "MediaPolicy",
     "Ps3Config",
+    "Ps3ImageProcessor",
     "Ps3Model",
     "VilaConfig",
     "VilaForConditionalGeneration",

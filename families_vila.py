@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .configuration_ps3 import Ps3Config
 from .configuration_vila import VilaConfig
 from .configuration_vila_hd import VilaHDConfig
-from .image_processing_vila import VilaImageProcessor
+from .image_processing_ps3 import Ps3ImageProcessor
 from .modeling_ps3 import Ps3Model
 from .modeling_vila import VilaForConditionalGeneration
 from .modeling_vila_hd import VilaHDForConditionalGeneration
@@ -69,7 +69,7 @@ def remote_name(cls: type) -> str:
 VILA = Family(VilaConfig, VilaForConditionalGeneration, VilaProcessor, with_module_names)
 VILA_HD = Family(VilaHDConfig, VilaHDForConditionalGeneration, VilaHDProcessor, with_module_names)
 # an encoder alone: its weights have the names that they load by
-PS3 = Family(Ps3Config, Ps3Model, VilaImageProcessor, dict)
+PS3 = Family(Ps3Config, Ps3Model, Ps3ImageProcessor, dict)
 # model_type of an original's or a converted root config
 FAMILIES = {
     "llava_llama": VILA,

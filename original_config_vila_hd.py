@@ -8,6 +8,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from .chat_templates_vila import user_end_ids
 from .configuration_ps3 import Ps3Config
 from .configuration_vila_hd import VilaHDConfig
+from .image_processing_ps3 import Ps3ImageProcessor
 from .image_processing_vila import VilaImageProcessor
 from .original_config_vila import (
     LANGUAGE_MODEL_CLASSES,
@@ -212,8 +213,9 @@ def to_ps3_image_processor(preprocessor: dict[str, Any], config: Ps3Config | Vil
         return [values] * 3 if isinstance(values, (int, float)) else list(values)
 
     is_bilinear = preprocessor.get("interpolation") == "bilinear"
-    processor = VilaImageProcessor(
-        image_mode="resize" if isinstance(config, VilaHDConfig) else "plain",
+    is_encoder = isinstance(config, Ps3Config)
+    processor = (Ps3ImageProcessor if is_encoder else VilaImageProcessor)(
+        image_mode="plain" if is_encoder else "resize",
         size=square(side),
         image_mean=channels("mean", OPENAI_CLIP_MEAN),
         image_std=channels("std", OPENAI_CLIP_STD),

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import COMMITTED_GOLDENS
@@ -157,6 +158,14 @@ def test_options_without_sense_are_refused_by_name(options, message, model):
         model(pictures(), **{"num_look_close": 1, **options} if "num_token_look_close" not in options else options)
 
 
+def test_both_kinds_of_scores_come_of_one_net(model, monkeypatch):
+    calls, net = [], model.vision_model.highres_selection_feature_module
+    monkeypatch.setattr(net, "forward", lambda pixels, own=net.forward: calls.append(pixels.shape) or own(pixels))
+    with torch.no_grad():
+        output = model.get_image_features(pictures(), prompt=torch.ones(1, 48))
+    assert len(calls) == 1 and not torch.equal(output.bottomup_selection_probs[0], output.topdown_selection_probs[0])
+
+
 def test_pooling_of_target_patches_only_and_maps_of_features(model):
     wanted = torch.zeros(2, 280, 280)
     wanted[0, :30, :30] = 1
@@ -240,6 +249,17 @@ def test_every_way_of_converting_gives_the_same_encoder(way, model, tmp_path):
 def test_image_processor_squeezes_into_the_largest_scale(folder):
     processor = AutoImageProcessor.from_pretrained(folder)
     assert processor(Image.new("L", (30, 500)), return_tensors="pt")["pixel_values"].shape == (1, 3, 280, 280)
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "L", "1", "CMYK"])
+def test_pictures_are_resized_in_their_own_mode(mode, folder):
+    """As the original does: what PIL makes of the mode, and RGB behind it."""
+    noise = Image.effect_noise((60, 40), 90)
+    picture = Image.merge("RGBA", [noise, noise.rotate(90), noise.rotate(180), noise.rotate(270)])
+    picture = picture if mode == "RGBA" else picture.convert("RGB").convert(mode)
+    expected = np.asarray(picture.resize((280, 280), Image.Resampling.BICUBIC).convert("RGB"), dtype=np.float32)
+    found = AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(found.permute(1, 2, 0), torch.from_numpy((expected / 255 - 0.5) / 0.5))
 
 
 def test_original_config_asks_for_a_conversion():

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, DynamicCache, Trainer, TrainingArguments
 from vila.conversion_vila import convert
 from vila.training_vila_hd import SELECTION_PARTS, VilaHDDataCollator, box_map
+from vila.vision_vila_hd import selection_loss
 
 CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
 SIZE = 280
@@ -437,6 +438,17 @@ def test_every_weight_that_is_used_has_a_gradient_in_every_step(rows, trainable,
     trainable(**VilaHDDataCollator(processor)(rows)).loss.backward()
     missing = [name for name, weight in trainable.named_parameters() if weight.grad is None]
     assert not [name for name in missing if "blocks.2" not in name], missing
+
+
+def test_pictures_without_a_target_have_no_selection_loss():
+    probs = [torch.rand(2, 4, 4), torch.rand(2, 8, 8)]
+    wanted = torch.zeros(2, 16, 16)
+    wanted[0, 3:9, 3:9] = 1
+    alone = selection_loss([scale[:1] for scale in probs], wanted[:1])
+    torch.testing.assert_close(selection_loss(probs, wanted), alone)
+    wanted[1] = -1
+    torch.testing.assert_close(selection_loss(probs, wanted), alone)
+    assert selection_loss(probs, -torch.ones(2, 16, 16)) == 0
 
 
 def test_boxes_become_maps(processor):
