@@ -26,7 +26,7 @@ from .selection_ps3 import (
     plan_looks,
     to_probabilities,
 )
-from .vision_ps3 import KeysValues, Ps3AttentionPool, Ps3Mlp, Ps3Pyramid, Ps3Trunk
+from .vision_ps3 import KeysValues, Ps3AttentionPool, Ps3Mlp, Ps3Pyramid, Ps3Trunk, first_outputs
 from .weight_loading_vila import VilaCompleteLoading
 
 register_cpu_attention()
@@ -164,9 +164,8 @@ class Ps3VisionModel(Ps3PreTrainedModel):
             if view.conv_features is None:
                 pixels = view.pyramid.resized(CONV_INPUT_SIZE, CONV_INPUT_SIZE)
                 view.conv_features = self.highres_selection_feature_module(pixels)
-            out: Any = self.config.highres_selection_module_out_dim
-            weights = self.prompt_proj_for_highres.weight[:out], self.prompt_proj_for_highres.bias[:out]
-            wanted = nn.functional.linear(prompt, *weights)
+            out = self.config.highres_selection_module_out_dim
+            wanted = first_outputs(self.prompt_proj_for_highres, prompt, out)
             fine = place_logits(view.conv_features, wanted)
             logits = (logits + nn.functional.adaptive_max_pool2d(fine, places.shape[2:])) / 2
         return to_probabilities(logits)

@@ -156,10 +156,9 @@ class VilaHDLooking:
         self, batch: PaddedRows, rows: list[PromptRow], features: list[torch.Tensor], cached: int
     ) -> list[torch.Tensor]:
         """Features of every row without those whose placeholders lie in the cache."""
-        in_cache = (batch.input_ids[:, :cached] == self.config.image_token_id) & batch.attention_mask[
-            :, :cached
-        ].bool()
-        return [join(row, features)[count:] for row, count in zip(rows, in_cache.sum(1).tolist())]
+        is_picture = (batch.input_ids == self.config.image_token_id) & batch.attention_mask.bool()
+        counts = is_picture[:, :cached].sum(1).tolist()
+        return [join(row, features)[count:] for row, count in zip(rows, counts)]
 
     def _read_questions(
         self, rows: list[PromptRow], low: list[torch.Tensor], cache: Cache | None

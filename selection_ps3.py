@@ -133,7 +133,8 @@ def plan_looks(
             if number + 1 < len(counts):
                 counts[number + 1] += excess
         left = [have - count for have, count in zip(left, counts)]
-        yield counts
+        if any(counts):
+            yield counts
     while num_token_look_close == ALL and any(left[:num_scales]):
         # what the proportions of the budget did not reach
         counts, room = [], capacity

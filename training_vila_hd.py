@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .training_vila import IGNORED, Row, VilaDataCollator
 
-# tuned when only the choice of patches is trained; that needs neither the language model nor the projector
+# what chooses the patches; its loss reaches the encoder's low-resolution pass as well
 SELECTION_PARTS = (
     "model.multi_modal_projector.top_down_prompt_head",
     "model.vision_tower.selection_feature_proj",
@@ -70,6 +71,14 @@ class VilaHDDataCollator(VilaDataCollator):
         return encoded
 
 
+def train_selection_only(model: PreTrainedModel) -> PreTrainedModel:
+    """Freezes everything but what chooses the patches (`tune_top_down_selection` of the original)."""
+    model.requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name.startswith(SELECTION_PARTS))
+    return model
+
+
 def box_map(boxes: Any, height: int, width: int) -> torch.Tensor:
     """`(height, width)`, 1 within the boxes and their edges, -1 everywhere if there are none (VILA-HD training).
 
@@ -92,4 +101,4 @@ def box_map(boxes: Any, height: int, width: int) -> torch.Tensor:
     return wanted
 
 
-__all__ = ["SELECTION_PARTS", "VilaHDDataCollator", "box_map"]
+__all__ = ["SELECTION_PARTS", "VilaHDDataCollator", "box_map", "train_selection_only"]

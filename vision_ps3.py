@@ -54,9 +54,14 @@ class Ps3Mlp(nn.Module):
     def forward(self, features: torch.Tensor, outputs: int | None = None) -> torch.Tensor:
         """Args: outputs: compute only the first that many channels."""
         hidden = self.norm(F.gelu(self.fc1(features)))
-        if outputs is None:
-            return self.fc2(hidden)
-        return F.linear(hidden, self.fc2.weight[:outputs], self.fc2.bias[:outputs])
+        return self.fc2(hidden) if outputs is None else first_outputs(self.fc2, hidden, outputs)
+
+
+def first_outputs(layer: nn.Module, features: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` outputs of a linear layer; of a packed, quantised or offloaded one all are computed."""
+    if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
+        return F.linear(features, layer.weight[:count], layer.bias[:count])
+    return layer(features)[..., :count]
 
 
 class Ps3Block(GradientCheckpointingLayer):

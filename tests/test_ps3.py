@@ -14,6 +14,7 @@ from vila.conversion_vila import convert
 from vila.modeling_ps3 import Ps3Model
 from vila.original_config_vila_hd import to_ps3_vision_config
 from vila.selection_ps3 import choose_patches, plan_looks
+from vila.vision_ps3 import first_outputs
 
 # the tower of a VILA-HD is an encoder's folder itself
 SOURCE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm" / "checkpoint" / "vision_tower"
@@ -66,6 +67,7 @@ def test_looks_take_what_is_left_and_overflow_upwards():
     assert list(plan_looks([4, 100], [6, 20], 2)) == [[4, 22], [0, 26]]
     assert list(plan_looks([100, 400], [12, 48], None, 75)) == [[12, 48], [3, 12]]
     assert list(plan_looks([100, 400], [12, 48], 0)) == []
+    assert [sum(look) for look in plan_looks([4, 8], [0, 5], "all")] == [5, 3]
     assert list(plan_looks([100, 400], [12, 48], None, 0)) == []
 
 
@@ -110,6 +112,28 @@ def test_pictures_of_any_shape_are_seen(height, width, model):
     assert chosen == sum(scale[0].numel() for scale in output.selection_maps)
     assert output.last_hidden_state.shape[1] == 25 + chosen
     assert output.last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("option", ["highres_selection_feature", "separate_pos_emb"])
+def test_encoders_without_an_option(option):
+    model = Ps3Model(Ps3Config(vision_config=tiny_config(**{option: False}))).eval()
+    part = {"highres_selection_feature": "highres_selection", "separate_pos_emb": "pos_emb_residual"}[option]
+    assert not any(part in name for name in model.state_dict())
+    with torch.no_grad():
+        assert model(pictures(1, 112, 112), num_look_close=2).last_hidden_state.shape == (1, 4 + 40, 24)
+
+
+def test_layers_of_another_kind_give_the_same_outputs():
+    """Quantised and packed layers have no weight that could be cut."""
+
+    class OtherLinear(torch.nn.Linear):
+        pass
+
+    plain, other = torch.nn.Linear(5, 6), OtherLinear(5, 6)
+    other.load_state_dict(plain.state_dict())
+    features = torch.randn(3, 5)
+    torch.testing.assert_close(first_outputs(other, features, 2), first_outputs(plain, features, 2))
+    torch.testing.assert_close(first_outputs(plain, features, 2), plain(features)[:, :2])
 
 
 def test_one_look_is_the_default(model):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import COMMITTED_GOLDENS
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, DynamicCache, Trainer, TrainingArguments
+from transformers import AutoModel, AutoProcessor, DynamicCache, Trainer, TrainingArguments, pipeline
 from vila.conversion_vila import convert
-from vila.training_vila_hd import SELECTION_PARTS, VilaHDDataCollator, box_map
+from vila.training_vila_hd import SELECTION_PARTS, VilaHDDataCollator, box_map, train_selection_only
 from vila.vision_vila_hd import selection_loss
 
 CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
@@ -116,6 +116,15 @@ def test_beams_and_several_answers_per_prompt(mode, model, processor):
 def test_ways_of_generating_give_the_same_answer(options, model, processor):
     inputs = encode(processor, ONE)
     assert answer(model, inputs, **options).tolist() == answer(model, inputs).tolist()
+
+
+def test_pipeline_takes_look_options(folder):
+    pipe = pipeline("image-text-to-text", model=str(folder), dtype="float32", device="cpu")
+    answers = [
+        pipe(text=ONE, max_new_tokens=8, return_full_text=False, generate_kwargs=options)[0]["generated_text"]
+        for options in ({"num_look_close": 0}, {"num_look_close": 4})
+    ]
+    assert answers[0] != answers[1]
 
 
 def test_bfloat16_answers(folder, processor):
@@ -420,6 +429,12 @@ def test_selection_loss_reaches_what_chooses_and_nothing_behind(trainable, proce
     assert any(name.startswith("model.vision_tower.trunk.blocks") for name in trained)
     assert not any(name.startswith(("model.language_model", "lm_head")) for name in trained)
     assert not any(name.startswith("model.multi_modal_projector.layers") for name in trained)
+
+
+def test_selection_alone_can_be_trained(trainable, processor):
+    trainable.config.token_selection_loss_weight = 1.0
+    trained = gradients(train_selection_only(trainable), VilaHDDataCollator(processor)([BOX_ROW]))
+    assert trained and all(name.startswith(SELECTION_PARTS) for name in trained)
 
 
 def test_language_model_loss_reaches_all_but_what_chooses(trainable, processor):
