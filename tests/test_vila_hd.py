@@ -196,6 +196,15 @@ def test_nothing_is_computed_twice(model, processor, monkeypatch):
     assert len(lengths) == 3
 
 
+def test_pictures_one_at_a_time_give_the_same_answer_and_share_their_positions(folder, processor, monkeypatch):
+    model, inputs = AutoModel.from_pretrained(folder, dtype="float32").eval(), encode(processor, TWO)
+    expected = answer(model, inputs, num_look_close=2)
+    model.config.vision_chunk_size = 1
+    resized = count_calls(monkeypatch, torch.nn.functional, "interpolate")
+    assert torch.equal(answer(model, inputs, num_look_close=2), expected)
+    assert sum("antialias" in kwargs for _, kwargs in resized) == len(model.config.vision_config.ps3_scales) - 1
+
+
 def test_projector_sees_only_kept_cells(model, processor, monkeypatch):
     rows = count_calls(monkeypatch, model.model.multi_modal_projector.layers[2], "forward")
     output = model.generate(**encode(processor, ONE), num_look_close=2, max_new_tokens=1, output_selection_maps=True)
