@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from .chat_templates_vila import user_end_ids
-from .configuration_ps3 import Ps3Config
+from .configuration_ps3 import Ps3Config, whole_numbers
+from .configuration_vila import MAX_SIZE
 from .configuration_vila_hd import VilaHDConfig
 from .image_processing_ps3 import Ps3ImageProcessor
 from .image_processing_vila import VilaImageProcessor
@@ -68,27 +69,26 @@ def to_ps3_vision_config(tower: dict[str, Any], weights: dict[str, list[int]]) -
     Raises:
         ValueError: for a trunk that is not known, or an adapter that is not supported.
     """
-    named = tower.get("trunk_args") or {}
-    name, image_size = tower.get("model_name"), tower.get("img_size")
+    named, name = part_of(tower, "trunk_args"), tower.get("model_name")
     if not named and name not in TRUNKS:
         raise ValueError(f"vision config: model_name {name!r} is none of {', '.join(TRUNKS)}")
     patch, side, depth, heads, ratio = TRUNKS.get(str(name), (14, 0, 0, 0, 0.0))
-    width = tower.get("hidden_size", 1152)
-    patch, ratio = named.get("patch_size", patch), named.get("mlp_ratio", ratio)
+    width = number(tower, "hidden_size", 1152)
+    patch, ratio = number(named, "patch_size", patch), number(named, "mlp_ratio", ratio, float)
     is_radio = bool(tower.get("radio"))
     has_pooling = any(weight.endswith("trunk.attn_pool.latent") for weight in weights)
     adapter = bool(is_radio and has_pooling)
     if adapter and tower.get("radio_adapter_mlp_version") != "v2":
         raise ValueError("vision config: radio_adapter_mlp_version must be 'v2'")
-    scales = tower.get("ps3_scales")
+    scales = sorted(whole_numbers(tower.get("ps3_scales") or [378, 756, 1512], "ps3_scales"))
     return {
         **{key: tower[key] for key in KEPT if tower.get(key) is not None},
-        **({"ps3_scales": sorted(scales)} if scales else {}),
+        "ps3_scales": scales,
         "intermediate_size": int(width * ratio),
         "num_hidden_layers": named.get("depth", depth),
         "num_attention_heads": named.get("num_heads", heads),
         "patch_size": patch,
-        "position_grid": (image_size or side or (scales or [378])[0]) // patch,
+        "position_grid": number(tower, "img_size", side or scales[0]) // patch,
         "position_mode": "crop" if is_radio else "interpolate",
         "final_norm": not is_radio or bool(tower.get("final_norm")),
         "pooling_size": (RADIO_POOLING_SIZE if is_radio else width) if has_pooling else 0,
@@ -107,16 +107,16 @@ def to_ps3_text_config(text: dict[str, Any]) -> dict[str, Any]:
     for key in ("ls_init_value", "embed_cls", "final_ln_after_pool"):
         if text.get(key):
             raise ValueError(f"text config: {key} is not supported")
-    width = text.get("width", 512)
+    width = number(text, "width", 512)
     return {
         "hidden_size": width,
-        "intermediate_size": int(width * text.get("mlp_ratio", 4.0)),
+        "intermediate_size": int(width * number(text, "mlp_ratio", 4.0, float)),
         "num_hidden_layers": text.get("layers", 12),
         "num_attention_heads": text.get("heads", 8),
         "vocab_size": text.get("vocab_size", 49408),
         "context_length": text.get("context_length", 77),
-        "layer_norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
-        "hidden_act_approximate": (text.get("act_kwargs") or {}).get("approximate", "none"),
+        "layer_norm_eps": part_of(text, "norm_kwargs").get("eps", 1e-5),
+        "hidden_act_approximate": part_of(text, "act_kwargs").get("approximate", "none"),
         "is_causal": not text.get("no_causal_mask", False),
         "pool_type": text.get("pool_type", "argmax"),
         "projection_bias": text.get("proj_bias", False),
@@ -127,7 +127,8 @@ def to_ps3_text_config(text: dict[str, Any]) -> dict[str, Any]:
 
 def to_ps3_config(root: dict[str, Any], weights: dict[str, list[int]]) -> Ps3Config:
     """The config of a PS3 folder, of the whole model or of the vision model alone."""
-    vision, text = root.get("vision_config", root), root.get("text_config")
+    vision = part_of(root, "vision_config") if "vision_config" in root else root
+    text = part_of(root, "text_config")
     has_text = any(name.startswith("text_model.") for name in weights)
     return Ps3Config(
         vision_config=to_ps3_vision_config(vision, weights),
@@ -161,8 +162,8 @@ def to_vila_hd_config(
     if (root.get("mm_vision_select_feature") or "cls_patch") != "cls_patch":
         raise ValueError("config.json: mm_vision_select_feature must be 'cls_patch', PS3 has no class token")
     # the original keeps the last two outputs, which 0 and 1 name as well
-    layers: dict[Any, Any] = {None: -2, 0: -2, 1: -1}
-    layer: Any = root.get("mm_vision_select_layer")
+    layers = {0: -2, 1: -1}
+    layer: Any = -2 if root.get("mm_vision_select_layer") is None else root["mm_vision_select_layer"]
     heads: dict[str, Any] = {"top_down_prompt_head.weight": "linear", "top_down_prompt_head.fc1.weight": "mlp"}
     head = next((kind for name, kind in heads.items() if name in weights), None)
     noise = NOISE | TRANSLATED | HD_TRANSLATED
@@ -170,7 +171,7 @@ def to_vila_hd_config(
         text_config=without(llm, SUB_CONFIG_NOISE),
         vision_config=to_ps3_vision_config(tower, {}),
         projector_type=projector["mm_projector_type"],
-        vision_feature_layer=layers.get(layer, layer),
+        vision_feature_layer=layers.get(layer, layer) if isinstance(layer, int) else layer,
         look_close_mode=root.get("look_close_mode") or ("after_prompt" if head else "after_image"),
         num_look_close=1 if root.get("num_look_close") is None else root["num_look_close"],
         num_token_look_close=root.get("num_token_look_close"),
@@ -228,6 +229,26 @@ def to_ps3_image_processor(preprocessor: dict[str, Any], config: Ps3Config | Vil
         )
     check_image_processor(processor, side)
     return processor
+
+
+def number(config: dict[str, Any], key: str, default: Any, kind: Any = int) -> Any:
+    """An option that is computed with.
+
+    Raises:
+        ValueError: if it is no positive number.
+    """
+    value = default if config.get(key) is None else config[key]
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value <= MAX_SIZE:
+        raise ValueError(f"{key} must be a positive number of at most {MAX_SIZE}, got {value!r}")
+    return value
+
+
+def part_of(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """An option that holds options, or nothing."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must hold options, got {value!r}")
+    return value
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import COMMITTED_GOLDENS
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 from vila.configuration_ps3 import Ps3Config, Ps3VisionConfig
 from vila.conversion_vila import convert
@@ -309,6 +310,44 @@ def test_released_trunks_are_known():
     assert (config.patch_size, config.position_grid, config.position_mode) == (16, 256, "crop")
     with pytest.raises(ValueError, match="model_name"):
         to_ps3_vision_config({"model_name": "vit_unheard_of"}, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"hidden_size": 10**12}, "hidden_size"),
+        ({"img_size": [70]}, "img_size"),
+        ({"ps3_scales": 70}, "ps3_scales"),
+        ({"trunk_args": "small"}, "trunk_args"),
+        ({"trunk_args": {"patch_size": 0}}, "patch_size"),
+        ({"trunk_args": {"depth": -2, "num_heads": 3, "mlp_ratio": 4.0}}, "num_hidden_layers"),
+        ({"trunk_args": None, "model_name": None}, "model_name"),
+        ({"max_select_num": 0}, "max_select_num"),
+        ({"model_type": "ps4"}, "ps4"),
+    ],
+)
+def test_broken_checkpoints_are_refused_by_name_and_leave_nothing(change, message, tmp_path):
+    source = tmp_path / "broken"
+    shutil.copytree(SOURCE, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_missing_and_misshapen_weights_are_named(tmp_path):
+    source = tmp_path / "broken"
+    shutil.copytree(SOURCE, source)
+    weights = load_file(source / "model.safetensors")
+    prompt = weights.pop("vision_model.prior_prompt")
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ValueError, match="prior_prompt"):
+        convert(source, tmp_path / "target")
+    save_file({**weights, "vision_model.prior_prompt": prompt[1:].clone()}, source / "model.safetensors")
+    with pytest.raises(ValueError, match="prior_prompt"):
+        convert(source, tmp_path / "target")
 
 
 @pytest.mark.parametrize(
