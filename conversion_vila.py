@@ -23,7 +23,6 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from .chat_templates_vila import CONV_MODES, SENTINEL, choose_chat_template, stop_token_ids
@@ -182,7 +181,7 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
     ).save_pretrained(target)
     if (source / "llm" / "tokenizer.model").is_file():
         shutil.copy(source / "llm" / "tokenizer.model", target)  # not needed here; for the way back
-    copy_code(family, target)
+    family.copy_code(target)
     return family.config_class.from_pretrained(target)
 
 
@@ -230,19 +229,12 @@ def write_encoder_metadata(source: Path, root: dict[str, Any], target: Path, con
     config.architectures, config.dtype, config.auto_map = [PS3.model_class.__name__], dtype, PS3.auto_map
     to_ps3_image_processor(read_json(source / "preprocessor_config.json"), config).save_pretrained(target)
     config.save_pretrained(target)
-    copy_code(PS3, target)
+    PS3.copy_code(target)
     return PS3.config_class.from_pretrained(target)
 
 
 def all_shapes(shards: list[Shard]) -> dict[str, list[int]]:
     return {name: shape for shard in shards for name, shape in shard.shapes.items()}
-
-
-def copy_code(family: Family, target: Path) -> None:
-    """Puts the modules that `auto_map` reaches beside the weights, so that they load where the package is missing."""
-    for path in family.code_files:
-        for file in [path, *get_relative_import_files(path)]:
-            shutil.copy(file, target)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

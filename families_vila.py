@@ -1,9 +1,13 @@
 """The families of checkpoints: the classes that each is loaded with, and the code that lies beside its weights."""
 
 import re
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_ps3 import Ps3Config
 from .configuration_vila import VilaConfig
@@ -44,11 +48,13 @@ class Family(NamedTuple):
             names += ["AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
         return {"AutoConfig": remote_name(self.config_class), **dict.fromkeys(names, model)}
 
-    @property
-    def code_files(self) -> list[str]:
-        """Modules that hold the classes."""
+    def copy_code(self, target: Path) -> None:
+        """Puts the modules that `auto_map` reaches beside the weights: they load where the package is missing."""
         classes: list[type] = [self.model_class, self.processor_class, self.config_class]
-        return [str(sys.modules[cls.__module__].__file__) for cls in classes]
+        for module in (sys.modules[cls.__module__] for cls in classes):
+            path = str(module.__file__)
+            for file in [path, *get_relative_import_files(path)]:
+                shutil.copy(file, target)
 
     def used_shards(self, shards: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
         """The same files without the tensors that no model of the family has a place for."""

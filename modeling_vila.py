@@ -166,7 +166,8 @@ class VilaModel(VilaPreTrainedModel, VilaMediaEncoder):
         if not encoded and self._must_run_tower():
             embeds = embeds + self._encode_zero_tile().to(embeds.device, embeds.dtype)
 
-        if attention_mask is None and position_ids is not None and past_key_values is None:
+        is_packed = attention_mask is None and position_ids is not None and past_key_values is None
+        if self.training or is_packed:
             # rows packed into one: transformers keeps their attention apart only where there is no cache
             kwargs.setdefault("use_cache", False)
         outputs = self.language_model(

@@ -329,6 +329,12 @@ def test_train_only_freezes_the_rest(lite):
         train_only(model, [])
 
 
+def test_training_builds_no_cache(lite):
+    model, ids = load(lite), torch.tensor([[5, 6, 7]])
+    assert model.train()(ids).past_key_values is None and model.eval()(ids).past_key_values is not None
+    assert model.train()(ids, use_cache=True).past_key_values is not None
+
+
 def test_frozen_tower_stays_in_inference_mode(lite):
     model = load(lite)
     model.model.vision_tower.requires_grad_(False)
