@@ -76,6 +76,17 @@ def choose_chat_template(
     return read_template("_content") + FLATTEN_MESSAGES.lstrip("\n") + text_template
 
 
+def choose_vila_u_template(conv_mode: str) -> str:
+    """The template of VILA-U, which is Vicuna's with pictures that are drawn.
+
+    Raises:
+        ValueError: if another one is asked for.
+    """
+    if conv_mode not in ("auto", "vicuna_v1"):
+        raise ValueError(f"VILA-U has the template 'vicuna_v1', not {conv_mode!r}")
+    return read_template("vila_u")
+
+
 def vila15_template_name(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabulary = tokenizer.get_vocab()
     if "<|start_header_id|>" in vocabulary:

@@ -22,15 +22,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     StrictDataclassError,
 )
-from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .chat_templates_vila import CONV_MODES, SENTINEL, choose_chat_template, stop_token_ids
+from .chat_templates_vila import CONV_MODES, choose_chat_template, choose_vila_u_template, stop_token_ids
 from .configuration_vila import ORIGINAL_CONFIG_KEYS, VilaConfig
-from .families_vila import FAMILIES, PS3, VILA_HD, Family, family_of
+from .families_vila import FAMILIES, PS3, VILA_HD, VILA_U, Family, family_of
 from .original_config_vila import to_image_processor, to_original_configs, to_processor_options, to_vila_config
 from .original_config_vila_hd import to_ps3_config, to_ps3_image_processor, to_vila_hd_config, to_vila_hd_processor
+from .original_config_vila_u import drawing_options, to_vila_u_config, to_vila_u_processor
 from .processing_vila import VilaProcessor
+from .tokenizer_files_vila import load_tokenizer, read_json, save_original_tokenizer
 from .weight_files_vila import (
     Shard,
     copy_to_root,
@@ -82,7 +83,7 @@ def convert(
     source = resolve_source(source)
     root = read_root_config(source)
     family = family_of(root)
-    shards = {"": find_shards(source)} if family is PS3 else family.used_shards(part_shards(source))
+    shards = {"": find_shards(source)} if family is PS3 else part_shards(source)
     if in_place:
         target = source
     else:
@@ -97,6 +98,7 @@ def convert(
             config = write(source, root, staging, conv_mode, dtype)
         except StrictDataclassError as error:
             raise ValueError(f"a config of {source} makes no sense: {error}") from error
+        shards = family.used_shards(shards, config)
         check_weights(family, config, shards)
         if not copy:
             index_parts(shards, staging, separator="/" if in_place else "-")
@@ -130,21 +132,10 @@ def read_root_config(source: Path) -> dict[str, Any]:
         raise ValueError(f"{source} is already converted")
     if root.get("model_type") not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type {root.get('model_type')!r} is no VILA-1.5, NVILA, VILA-HD or PS3 checkpoint"
+            f"config.json: model_type {root.get('model_type')!r} is no VILA-1.5, NVILA, VILA-HD, VILA-U or PS3 "
+            "checkpoint"
         )
     return root
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent.name}/{path.name} is missing")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path.parent.name}/{path.name} is no valid JSON") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.parent.name}/{path.name} holds no JSON object")
-    return content
 
 
 def read_part_configs(source: Path, root: dict[str, Any]) -> list[dict[str, Any]]:
@@ -165,7 +156,7 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
     Returns the config.
     """
     family = family_of(root)
-    describe = describe_vila_hd if family is VILA_HD else describe_vila
+    describe = {VILA_HD: describe_vila_hd, VILA_U: describe_vila_u}.get(family, describe_vila)
     config, processor, generation = describe(source, root, conv_mode)
     tokenizer, template = processor.tokenizer, str(processor.chat_template)
     config.architectures, config.dtype, config.auto_map = [family.model_class.__name__], dtype, family.auto_map
@@ -237,21 +228,15 @@ def all_shapes(shards: list[Shard]) -> dict[str, list[int]]:
     return {name: shape for shard in shards for name, shape in shard.shapes.items()}
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer with the media tokens, in the order that gives the original's ids."""
-    folder = folder / "llm" if (folder / "llm").is_dir() else folder
-    needs_sentencepiece = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
-    if needs_sentencepiece and not (is_sentencepiece_available() and is_protobuf_available()):
-        raise ValueError("reading llm/tokenizer.model needs sentencepiece: pip install 'vila-hf[convert]'")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for key in ("is_local", "local_files_only"):  # how it was loaded, not what it is
-        tokenizer.init_kwargs.pop(key, None)
-    media_tokens = (SENTINEL, VilaProcessor.image_token, VilaProcessor.video_token)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in media_tokens])
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def describe_vila_u(source: Path, root: dict[str, Any], conv_mode: str) -> tuple[VilaConfig, VilaProcessor, dict]:
+    """The same of a VILA-U checkpoint."""
+    llm, tower, projector = read_part_configs(source, root)
+    tokenizer = load_tokenizer(source / "llm")
+    template = choose_vila_u_template(conv_mode)
+    tokenizer.chat_template = template
+    config = to_vila_u_config(root, llm, tower, projector, source / "vision_tower", tokenizer)
+    processor = to_vila_u_processor(root, config, tokenizer, template)
+    return config, processor, {"drawing": drawing_options(config)}
 
 
 def time_token_ids(root: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int] | None:
@@ -322,7 +307,10 @@ def to_original(source: str | Path, target: str | Path) -> Path:
     """
     source, target = Path(source), Path(target)
     config_file = source / "config.json"
-    if not config_file.is_file() or json.loads(config_file.read_text()).get("model_type") != "vila":
+    model_type = json.loads(config_file.read_text()).get("model_type") if config_file.is_file() else None
+    if model_type == "vila_u":
+        raise ValueError(f"{source} is a VILA-U: it has no way back, keep the original folder")
+    if model_type != "vila":
         raise ValueError(f"{source} is no converted VILA checkpoint")
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists and is not empty")
@@ -344,30 +332,6 @@ def to_original(source: str | Path, target: str | Path) -> Path:
     GenerationConfig.from_pretrained(source).save_pretrained(target / "llm")
     split_to_parts(shards, target, extra_tensors)
     return target
-
-
-def save_original_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Tokenizer files as transformers 4 reads them: its class names, and the chat template inside the config."""
-    tokenizer.padding_side = "right"
-    template = re.sub(r"\{%-? (end)?generation -?%\}", "", str(tokenizer.chat_template or ""))
-    tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    content = read_json(folder / "tokenizer_config.json")
-    for key in ("auto_map", "backend", "processor_class"):
-        content.pop(key, None)
-    if isinstance(content.get("extra_special_tokens"), list):
-        content["additional_special_tokens"] = content.pop("extra_special_tokens")
-    if content.get("tokenizer_class") not in ("LlamaTokenizer", "Qwen2Tokenizer"):
-        content["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if content["tokenizer_class"] == "LlamaTokenizer":
-        content["legacy"] = False
-    content["chat_template"] = template
-    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    if content["tokenizer_class"] == "Qwen2Tokenizer":
-        model = read_json(folder / "tokenizer.json")["model"]
-        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
 
 
 def missing_tower_tensors(config: VilaConfig, shards: list[Shard]) -> dict[str, torch.Tensor]:

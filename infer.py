@@ -1,6 +1,7 @@
-"""Asks a VILA checkpoint about pictures and videos on the command line: `vila-infer`.
+"""Asks a VILA checkpoint about pictures and videos, or a VILA-U for some, on the command line: `vila-infer`.
 
-The answer, and nothing else, goes to stdout as it is written; progress, warnings and errors go to stderr.
+The answer, or the names of the files that were drawn, and nothing else, goes to stdout as it is written; progress,
+warnings and errors go to stderr.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 from .chat_templates_vila import CONV_MODES
 from .configuration_vila_hd import LOOK_CLOSE_MODES
+from .drawing_vila_u import draw
 from .loading_vila import DTYPES, Checkpoint
 from .looking_vila_hd import LookOptions
 from .media_policy_vila import MediaPolicy
@@ -246,6 +248,13 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split("+")]
 
 
+def yes_or_no(text: str) -> bool:
+    """An argparse type."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
 def policy_change(text: str) -> Any:
     """An argparse type: a word, or a JSON object of the fields of `MediaPolicy` to change."""
     change = json.loads(text) if text.startswith("{") else text
@@ -268,10 +277,23 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("-m", "--model-path", required=True, metavar="PATH", help="converted or original folder or Hub id")
     add("-l", "--lora-path", metavar="DIR", help="LoRA adapter that is merged into the weights")
     add("-c", "--conv-mode", choices=CONV_MODES, default="auto", help="chat template (default: the checkpoint's)")
-    add("--text", help="question; stands behind the media")
+    add("--text", "--query", help="question; stands behind the media")
     add(
-        "--media", nargs="+", action="extend", default=[], help="pictures, videos and folders of frames: files or URLs"
+        "--media",
+        "--image-path",
+        "--video-path",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="pictures, videos and folders of frames: files or URLs",
     )
+    add("--prompt", help="what a VILA-U is to draw")
+    add("--video-generation", type=yes_or_no, nargs="?", const=True, default=False, help="draw a video")
+    add(
+        "--save-path", default="generated_images", metavar="DIR", help="folder of what is drawn (default: %(default)s)"
+    )
+    add("--generation-nums", type=number(int, 1), default=1, metavar="N", help="how many are drawn")
+    add("--cfg", type=number(float, 1e-6), metavar="SCALE", help="guidance scale of drawing (default: 3)")
     add("--media-policy", type=policy_change, metavar="JSON", help="limits to change: '{\"max_frames\": 100000}'")
     add("-nf", "--num-video-frames", type=count, default=-1, metavar="N", help="frames that are taken of a video")
     add("-vm", "--video-max-tiles", type=count, default=-1, metavar="N", help="tiles that a frame is cut into at most")
@@ -289,8 +311,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--device", help="cuda, cuda:1, mps, cpu ... (default: the best that is there)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
     options = parser.parse_args([with_dashes(argument) for argument in arguments])
-    if options.text is None and not options.media:
-        parser.error("give --text, --media or both")
+    if options.prompt is not None and (options.text is not None or options.media):
+        parser.error("--prompt draws, --text and --media ask: give either")
+    if options.prompt is None and options.text is None and not options.media:
+        parser.error("give --text, --media or both, or --prompt")
     if options.temperature == 0 and options.top_p is not None:
         parser.error("--top-p needs a --temperature above 0")
     return options
@@ -305,7 +329,7 @@ def with_dashes(argument: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        answer(options)
+        (answer if options.prompt is None else draw)(options)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:

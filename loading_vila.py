@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from .chat_templates_vila import CONV_MODES, named_template, stop_token_ids
+from .chat_templates_vila import CONV_MODES, choose_vila_u_template, named_template, stop_token_ids
 from .conversion_vila import convert, read_json, resolve_source
 from .families_vila import FAMILIES, PS3, family_of
 from .lora_vila import merge_lora, read_lora_config
@@ -46,6 +46,9 @@ class Checkpoint:
             raise ValueError(f"{source} holds an encoder without a language model, which answers no questions")
         if is_converted and root.get("model_type") not in FAMILIES:
             raise ValueError(f"{source} holds a model of the type {root.get('model_type')!r}, no VILA checkpoint")
+        if is_converted and conv_mode != "auto" and root["model_type"] == "vila_u":
+            choose_vila_u_template(conv_mode)
+            conv_mode = "auto"  # it has no other one
         self.folder = folder if is_converted else convert_cached(folder, checkpoint_name(source), conv_mode)
         # a conversion has the template already, and may have taken the checkpoint's own of that name
         self.family = family_of(read_json(self.folder / "config.json"))

@@ -231,10 +231,12 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, VilaGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    # of the base model; VILA-U has its own
+    model_class: Any = VilaModel
 
     def __init__(self, config: VilaConfig):
         super().__init__(config)
-        self.model = VilaModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 

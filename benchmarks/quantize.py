@@ -22,7 +22,7 @@ import torch
 from timing import generate, resident, seconds_of
 from transformers import GenerationConfig
 from vila import VilaConfig, VilaForConditionalGeneration, VilaImageProcessor, VilaProcessor
-from vila.conversion_vila import AUTO_MAP
+from vila.families_vila import VILA
 from vila.quantization_vila import Int4Linear, Int8Head
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "nano"))
@@ -50,7 +50,7 @@ def config_of(shape: str) -> VilaConfig:
         "tie_word_embeddings": shape != "8B",
     }  # fmt: skip
     config = VilaConfig(vision_config=TOWER, text_config=text)
-    config.architectures, config.auto_map = ["VilaForConditionalGeneration"], AUTO_MAP
+    config.architectures, config.auto_map = ["VilaForConditionalGeneration"], VILA.auto_map
     return config
 
 

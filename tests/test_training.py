@@ -22,6 +22,7 @@ from vila.training_vila import (
     LORA_TARGETS,
     PARTS,
     VilaDataCollator,
+    parts_of,
     resize_position_embeddings,
     set_vision_resolution,
     train_only,
@@ -317,14 +318,18 @@ def test_config_refuses_time_tokens_without_sense(lite, options):
 
 def test_train_only_freezes_the_rest(lite):
     model = load(lite)
-    for part, names in PARTS.items():
+    assert set(PARTS) - set(parts_of(model)) == {"depth_transformer"}
+    for part in parts_of(model):
+        names = PARTS[part]
         train_only(model, [part])
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         assert trained and all(name.startswith(names) for name in trained)
-    train_only(model, list(PARTS))
+    train_only(model, parts_of(model))
     assert all(weight.requires_grad for weight in model.parameters())
     with pytest.raises(ValueError, match="vision_tower"):
         train_only(model, ["tower"])
+    with pytest.raises(ValueError, match="depth_transformer"):
+        train_only(model, ["depth_transformer"])
     with pytest.raises(ValueError, match="none"):
         train_only(model, [])
 
