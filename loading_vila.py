@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from .chat_templates_vila import CONV_MODES, choose_vila_u_template, named_template, stop_token_ids
+from .chat_templates_vila import (
+    CONV_MODES,
+    choose_vila_u_template,
+    named_template,
+    stop_token_ids,
+    user_end_ids,
+)
 from .conversion_vila import convert, read_json, resolve_source
 from .families_vila import FAMILIES, PS3, family_of
 from .lora_vila import merge_lora, read_lora_config
@@ -85,6 +91,8 @@ class Checkpoint:
             model = merge_lora(model, lora)
         if self.template is not None:
             model.generation_config.eos_token_id = stop_token_ids(self.template, processor.tokenizer)
+            if hasattr(model.config, "user_end_ids"):
+                model.config.user_end_ids = user_end_ids(self.template, processor.tokenizer)
         return model.to(device).eval()
 
 

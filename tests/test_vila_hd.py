@@ -12,6 +12,7 @@ from conftest import COMMITTED_GOLDENS
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, DynamicCache, Trainer, TrainingArguments, pipeline
 from vila.conversion_vila import convert
+from vila.loading_vila import Checkpoint
 from vila.training_vila_hd import SELECTION_PARTS, VilaHDDataCollator, box_map, train_selection_only
 from vila.vision_vila_hd import selection_loss
 
@@ -390,6 +391,14 @@ def test_overlay_shows_what_was_looked_at(model, processor):
     assert processor.draw_selection(image, None).getpixel((0, 0)) == dimmed
     with pytest.raises(ValueError, match="picture 5"):
         processor.draw_selection(image, maps, index=5)
+
+
+def test_another_template_ends_the_question_elsewhere(folder, model):
+    checkpoint = Checkpoint(folder, "vicuna_v1")
+    processor = checkpoint.load_processor()
+    ends = checkpoint.load_model(processor, "cpu").config.user_end_ids
+    assert processor.tokenizer.decode(ends) == "ASSISTANT:"
+    assert processor.tokenizer.decode(model.config.user_end_ids) == "<|im_end|>\n<|im_start|>assistant"
 
 
 def test_command_line_looks_as_it_is_told(folder, capsys):
