@@ -121,3 +121,10 @@ def stop_token_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[in
     sentinel, control = tokenizer.convert_tokens_to_ids(SENTINEL), set(tokenizer.added_tokens_decoder)
     behind = {after for token, after in pairwise(ids) if token == sentinel}
     return [tokenizer.eos_token_id, *sorted((behind & control) - {tokenizer.eos_token_id})]
+
+
+def user_end_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the template puts between the end of the user's text and the answer, without blanks at its ends."""
+    rendered = render([{"role": "user", "content": SENTINEL}], template, tokenizer.special_tokens_map, True)
+    behind = rendered.rsplit(SENTINEL, 1)[-1].strip()
+    return tokenizer(behind, add_special_tokens=False)["input_ids"]

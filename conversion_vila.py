@@ -26,8 +26,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .chat_templates_vila import CONV_MODES, choose_chat_template, choose_vila_u_template, stop_token_ids
 from .configuration_vila import ORIGINAL_CONFIG_KEYS, VilaConfig
-from .families_vila import FAMILIES, Family, family_of
+from .families_vila import FAMILIES, PS3, VILA_HD, VILA_U, Family, family_of
 from .original_config_vila import to_image_processor, to_original_configs, to_processor_options, to_vila_config
+from .original_config_vila_hd import to_ps3_config, to_ps3_image_processor, to_vila_hd_config, to_vila_hd_processor
 from .original_config_vila_u import drawing_options, to_vila_u_config, to_vila_u_processor
 from .processing_vila import VilaProcessor
 from .tokenizer_files_vila import load_tokenizer, read_json, save_original_tokenizer
@@ -82,7 +83,7 @@ def convert(
     source = resolve_source(source)
     root = read_root_config(source)
     family = family_of(root)
-    shards = part_shards(source)
+    shards = {"": find_shards(source)} if family is PS3 else part_shards(source)
     if in_place:
         target = source
     else:
@@ -92,7 +93,9 @@ def convert(
     with tempfile.TemporaryDirectory() as staging_name:
         staging = Path(staging_name)
         try:
-            config = write_metadata(source, root, staging, conv_mode, DTYPES.get(shards["llm"][0].dtype, "float32"))
+            dtype = DTYPES.get(next(iter(shards.values()))[0].dtype, "float32")
+            write = write_encoder_metadata if family is PS3 else write_metadata
+            config = write(source, root, staging, conv_mode, dtype)
         except StrictDataclassError as error:
             raise ValueError(f"a config of {source} makes no sense: {error}") from error
         shards = family.used_shards(shards, config)
@@ -123,11 +126,14 @@ def read_root_config(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json")
     root = read_json(source / "config.json")
-    if "text_config" in root:
+    # an original PS3 config has sub-configs, too, with other options
+    is_encoder = FAMILIES.get(str(root.get("model_type"))) is PS3
+    if "position_grid" in (root.get("vision_config") or {}) if is_encoder else "text_config" in root:
         raise ValueError(f"{source} is already converted")
     if root.get("model_type") not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type {root.get('model_type')!r} is no VILA-1.5, NVILA or VILA-U checkpoint"
+            f"config.json: model_type {root.get('model_type')!r} is no VILA-1.5, NVILA, VILA-HD, VILA-U or PS3 "
+            "checkpoint"
         )
     return root
 
@@ -150,7 +156,7 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
     Returns the config.
     """
     family = family_of(root)
-    describe = describe_vila_u if family.model_type == "vila_u" else describe_vila
+    describe = {VILA_HD: describe_vila_hd, VILA_U: describe_vila_u}.get(family, describe_vila)
     config, processor, generation = describe(source, root, conv_mode)
     tokenizer, template = processor.tokenizer, str(processor.chat_template)
     config.architectures, config.dtype, config.auto_map = [family.model_class.__name__], dtype, family.auto_map
@@ -197,6 +203,31 @@ def describe_vila(source: Path, root: dict[str, Any], conv_mode: str) -> tuple[V
     return config, processor, {}
 
 
+def describe_vila_hd(source: Path, root: dict[str, Any], conv_mode: str) -> tuple[VilaConfig, VilaProcessor, dict]:
+    """The same of a VILA-HD checkpoint."""
+    llm, tower, projector = read_part_configs(source, root)
+    tokenizer = load_tokenizer(source / "llm")
+    tokenizer.chat_template = choose_chat_template(conv_mode, tokenizer, llm.get("model_type"), source, root)
+    weights = all_shapes(find_shards(source / "mm_projector"))
+    config = to_vila_hd_config(root, llm, tower, projector, weights, tokenizer)
+    preprocessor = read_json(source / "vision_tower" / "preprocessor_config.json")
+    return config, to_vila_hd_processor(root, preprocessor, config, tokenizer), {}
+
+
+def write_encoder_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: str, dtype: str) -> Any:
+    """As `write_metadata`, of a bare PS3 encoder; it has no tokenizer and no chat."""
+    config = to_ps3_config(root, all_shapes(find_shards(source)))
+    config.architectures, config.dtype, config.auto_map = [PS3.model_class.__name__], dtype, PS3.auto_map
+    to_ps3_image_processor(read_json(source / "preprocessor_config.json"), config).save_pretrained(target)
+    config.save_pretrained(target)
+    PS3.copy_code(target)
+    return PS3.config_class.from_pretrained(target)
+
+
+def all_shapes(shards: list[Shard]) -> dict[str, list[int]]:
+    return {name: shape for shard in shards for name, shape in shard.shapes.items()}
+
+
 def describe_vila_u(source: Path, root: dict[str, Any], conv_mode: str) -> tuple[VilaConfig, VilaProcessor, dict]:
     """The same of a VILA-U checkpoint."""
     llm, tower, projector = read_part_configs(source, root)
@@ -223,7 +254,7 @@ def time_token_ids(root: dict[str, Any], tokenizer: PreTrainedTokenizerBase, voc
     return list(ids) if ids and max(ids) < vocab_size else None
 
 
-def check_weights(family: Family, config: VilaConfig, shards: dict[str, list[Shard]]) -> None:
+def check_weights(family: Family, config: Any, shards: dict[str, list[Shard]]) -> None:
     """Compares names and shapes with the model, so that nothing is initialised at random when it is loaded.
 
     Raises:
@@ -232,7 +263,7 @@ def check_weights(family: Family, config: VilaConfig, shards: dict[str, list[Sha
     with torch.device("meta"):
         model = family.model_class(config)
         stored = {
-            PART_PREFIXES[part] + name: torch.empty(shape)
+            PART_PREFIXES.get(part, "") + name: torch.empty(shape)
             for part, files in shards.items()
             for shard in files
             for name, shape in shard.shapes.items()
@@ -241,7 +272,7 @@ def check_weights(family: Family, config: VilaConfig, shards: dict[str, list[Sha
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"position_ids$", r"inv_freq$"]))
     for name in sorted(expected.keys() | found.keys()):
-        if name not in found and not (name == "lm_head.weight" and config.tie_word_embeddings):
+        if name not in found and not (name == "lm_head.weight" and getattr(config, "tie_word_embeddings", False)):
             raise ValueError(f"the checkpoint lacks the tensor {name!r}")
         if name not in expected and not ignored.search(name):
             raise ValueError(f"the checkpoint has the tensor {name!r}, which its configs do not speak of")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from .chat_templates_vila import CONV_MODES
+from .configuration_vila_hd import LOOK_CLOSE_MODES
 from .drawing_vila_u import draw
 from .loading_vila import DTYPES, Checkpoint
+from .looking_vila_hd import LookOptions
 from .media_policy_vila import MediaPolicy
 from .media_sources_vila import fetch_url
 from .processing_vila import VilaProcessor
@@ -202,7 +205,8 @@ def read_schema(path: str) -> dict[str, Any]:
 
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `generate()`; what the user does not name is the checkpoint's choice."""
-    generation: dict[str, Any] = {}
+    looks = {own.name: getattr(options, own.name) for own in fields(LookOptions)}
+    generation: dict[str, Any] = {name: value for name, value in looks.items() if value is not None}
     if options.max_new_tokens is not None:
         generation["max_new_tokens"] = options.max_new_tokens
     if options.temperature == 0:
@@ -232,6 +236,16 @@ def number(kind: type, low: float, high: float = float("inf"), *, or_default: bo
 
     parse.__name__ = kind.__name__  # argparse names it where `kind` refuses
     return parse
+
+
+def count_or_all(text: str) -> int | str:
+    """An argparse type: a number of at least 0, or `all`."""
+    return text if text == "all" else number(int, 0)(text)
+
+
+def numbers(text: str) -> list[int]:
+    """An argparse type: `512+2048`."""
+    return [int(part) for part in text.split("+")]
 
 
 def yes_or_no(text: str) -> bool:
@@ -283,6 +297,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--media-policy", type=policy_change, metavar="JSON", help="limits to change: '{\"max_frames\": 100000}'")
     add("-nf", "--num-video-frames", type=count, default=-1, metavar="N", help="frames that are taken of a video")
     add("-vm", "--video-max-tiles", type=count, default=-1, metavar="N", help="tiles that a frame is cut into at most")
+    add("--num-look-close", type=count_or_all, metavar="N", help="VILA-HD: looks at a picture, or all")
+    add("--num-token-look-close", type=count_or_all, metavar="N", help="VILA-HD: patches to look at instead, or all")
+    add("--select-num-each-scale", type=numbers, metavar="N+N", help="VILA-HD: patches of a look at each scale")
+    add("--look-close-mode", choices=LOOK_CLOSE_MODES, help="VILA-HD: choose patches with or without the question")
+    add("--smooth-selection-prob", action="store_const", const=True, help="VILA-HD: choose patches in blocks")
     add("--json-mode", action="store_true", help="answer with JSON")
     add("--json-schema", metavar="FILE", help=".json schema, or .py with a pydantic class Main, that the answer obeys")
     add("--max-new-tokens", type=number(int, 1), metavar="N", help="tokens of the answer at most")

@@ -13,9 +13,15 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from .chat_templates_vila import CONV_MODES, choose_vila_u_template, named_template, stop_token_ids
+from .chat_templates_vila import (
+    CONV_MODES,
+    choose_vila_u_template,
+    named_template,
+    stop_token_ids,
+    user_end_ids,
+)
 from .conversion_vila import convert, read_json, resolve_source
-from .families_vila import FAMILIES, family_of
+from .families_vila import FAMILIES, PS3, family_of
 from .lora_vila import merge_lora, read_lora_config
 from .modeling_vila import VilaForConditionalGeneration
 from .processing_vila import VilaProcessor
@@ -42,6 +48,8 @@ class Checkpoint:
         folder = resolve_source(source)
         root = read_json(folder / "config.json")
         is_converted = "text_config" in root
+        if FAMILIES.get(str(root.get("model_type"))) is PS3:
+            raise ValueError(f"{source} holds an encoder without a language model, which answers no questions")
         if is_converted and root.get("model_type") not in FAMILIES:
             raise ValueError(f"{source} holds a model of the type {root.get('model_type')!r}, no VILA checkpoint")
         if is_converted and conv_mode != "auto" and root["model_type"] == "vila_u":
@@ -83,6 +91,8 @@ class Checkpoint:
             model = merge_lora(model, lora)
         if self.template is not None:
             model.generation_config.eos_token_id = stop_token_ids(self.template, processor.tokenizer)
+            if hasattr(model.config, "user_end_ids"):
+                model.config.user_end_ids = user_end_ids(self.template, processor.tokenizer)
         return model.to(device).eval()
 
 
