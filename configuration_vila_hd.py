@@ -36,6 +36,13 @@ class VilaHDConfig(VilaConfig):
     """
 
     model_type = "vila_hd"
+    keys_to_ignore_at_inference = [
+        *VilaConfig.keys_to_ignore_at_inference,
+        "selection_loss",
+        "selection_maps",
+        "selection_probs",
+        "top_down_prompt",
+    ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=Ps3VisionConfig),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),

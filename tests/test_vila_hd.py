@@ -530,6 +530,9 @@ def test_trainer_lowers_both_losses(trainable, processor, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+    assert trainer.evaluate(rows)["eval_loss"] > 0
+    # pictures and prompts of the batches differ in number: only logits can be gathered
+    assert trainer.predict(rows[:1]).predictions.shape[-1] == trainable.config.text_config.vocab_size
 
 
 def test_packing_and_position_ids_are_refused(model, processor):
