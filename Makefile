@@ -9,21 +9,28 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-slow nano lint format docs clean
 
-# torch first and under its exact version: resolving it as a dependency may choose another, larger build
+# torch first and under its exact version: resolving it as a dependency may choose another, larger build.
+# autoawq, the oracle of the int4 tests, for the same reason without what it asks for (its build wants torch, too)
 $(INSTALLED): pyproject.toml
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation autoawq==0.2.9
 	touch $@
 
 # draws pictures and a clip, asks vila-nano about them and judges its answers; or describes $(PICTURE)
 demo: $(INSTALLED)
 	$(PYTHON) examples/nano/demo.py $(PICTURE)
 
+$(VENV)/gptq: tests/gptq-requirements.txt $(INSTALLED)
+	BUILD_CUDA_EXT=0 $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--target $@ --upgrade --requirement $<
+	touch $@
+
 test: lint
 	$(PYTHON) -m pytest -c tests/pytest.ini tests
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) $(VENV)/gptq
 	$(PYTHON) -m pytest -c tests/pytest.ini -m slow tests
 
 # trains vila-nano from random weights into nano-run/; goes on where it was stopped. NANO='--minutes 60' bounds the time
@@ -35,7 +42,7 @@ lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	mkdir -p $(VENV)/typecheck && ln -sfn "$(CURDIR)" $(VENV)/typecheck/vila
-	cd $(VENV)/typecheck && ../bin/python -m mypy --config-file vila/pyproject.toml $(patsubst %,vila/%,$(wildcard *.py))
+	cd $(VENV)/typecheck && ../bin/python -m mypy --config-file vila/pyproject.toml $(patsubst %,vila/%,$(wildcard *.py quantize/*.py))
 
 format: $(INSTALLED)
 	$(PYTHON) -m ruff check --fix .
@@ -44,7 +51,7 @@ format: $(INSTALLED)
 # the API reference, from the docstrings: build/docs/index.html
 docs: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[docs]'
-	$(PYTHON) -m pdoc --output-directory build/docs vila $(patsubst %.py,vila.%,$(filter-out __init__.py,$(wildcard *.py)))
+	$(PYTHON) -m pdoc --output-directory build/docs vila $(patsubst %.py,vila.%,$(filter-out __init__.py,$(wildcard *.py quantize/*.py)))
 
 clean:
 	rm -rf $(VENV) demo-drawings build *.egg-info

@@ -76,6 +76,17 @@ def choose_chat_template(
     return read_template("_content") + FLATTEN_MESSAGES.lstrip("\n") + text_template
 
 
+def choose_vila_u_template(conv_mode: str) -> str:
+    """The template of VILA-U, which is Vicuna's with pictures that are drawn.
+
+    Raises:
+        ValueError: if another one is asked for.
+    """
+    if conv_mode not in ("auto", "vicuna_v1"):
+        raise ValueError(f"VILA-U has the template 'vicuna_v1', not {conv_mode!r}")
+    return read_template("vila_u")
+
+
 def vila15_template_name(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabulary = tokenizer.get_vocab()
     if "<|start_header_id|>" in vocabulary:
@@ -110,3 +121,10 @@ def stop_token_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[in
     sentinel, control = tokenizer.convert_tokens_to_ids(SENTINEL), set(tokenizer.added_tokens_decoder)
     behind = {after for token, after in pairwise(ids) if token == sentinel}
     return [tokenizer.eos_token_id, *sorted((behind & control) - {tokenizer.eos_token_id})]
+
+
+def user_end_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the template puts between the end of the user's text and the answer, without blanks at its ends."""
+    rendered = render([{"role": "user", "content": SENTINEL}], template, tokenizer.special_tokens_map, True)
+    behind = rendered.rsplit(SENTINEL, 1)[-1].strip()
+    return tokenizer(behind, add_special_tokens=False)["input_ids"]

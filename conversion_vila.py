@@ -22,16 +22,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     StrictDataclassError,
 )
-from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from . import configuration_vila, modeling_vila, processing_vila
-from .chat_templates_vila import CONV_MODES, SENTINEL, choose_chat_template, stop_token_ids
+from .chat_templates_vila import CONV_MODES, choose_chat_template, choose_vila_u_template, stop_token_ids
 from .configuration_vila import ORIGINAL_CONFIG_KEYS, VilaConfig
-from .modeling_vila import VilaForConditionalGeneration
+from .families_vila import FAMILIES, PS3, VILA_HD, VILA_U, Family, family_of
 from .original_config_vila import to_image_processor, to_original_configs, to_processor_options, to_vila_config
+from .original_config_vila_hd import to_ps3_config, to_ps3_image_processor, to_vila_hd_config, to_vila_hd_processor
+from .original_config_vila_u import drawing_options, to_vila_u_config, to_vila_u_processor
 from .processing_vila import VilaProcessor
+from .tokenizer_files_vila import load_tokenizer, read_json, save_original_tokenizer
 from .weight_files_vila import (
     Shard,
     copy_to_root,
@@ -42,18 +42,10 @@ from .weight_files_vila import (
     placed_names,
     split_to_parts,
 )
-from .weight_names_vila import PART_PREFIXES, with_module_names
+from .weight_names_vila import PART_PREFIXES
 
 BACKUP_FOLDER = "original_files"
 DEFAULT_MAX_NEW_TOKENS = 1024
-MODEL_CLASS = "modeling_vila.VilaForConditionalGeneration"
-AUTO_MAP = {
-    "AutoConfig": "configuration_vila.VilaConfig",
-    "AutoModel": MODEL_CLASS,
-    "AutoModelForCausalLM": MODEL_CLASS,
-    "AutoModelForImageTextToText": MODEL_CLASS,
-    "AutoModelForMultimodalLM": MODEL_CLASS,
-}
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "LICENSE*", "README.md"]
 
@@ -90,7 +82,8 @@ def convert(
         raise ValueError("--in-place needs a folder and takes neither a target nor --copy")
     source = resolve_source(source)
     root = read_root_config(source)
-    shards = part_shards(source)
+    family = family_of(root)
+    shards = {"": find_shards(source)} if family is PS3 else part_shards(source)
     if in_place:
         target = source
     else:
@@ -100,10 +93,13 @@ def convert(
     with tempfile.TemporaryDirectory() as staging_name:
         staging = Path(staging_name)
         try:
-            write_metadata(source, root, staging, conv_mode, DTYPES.get(shards["llm"][0].dtype, "float32"))
+            dtype = DTYPES.get(next(iter(shards.values()))[0].dtype, "float32")
+            write = write_encoder_metadata if family is PS3 else write_metadata
+            config = write(source, root, staging, conv_mode, dtype)
         except StrictDataclassError as error:
             raise ValueError(f"a config of {source} makes no sense: {error}") from error
-        check_weights(VilaConfig.from_pretrained(staging), shards)
+        shards = family.used_shards(shards, config)
+        check_weights(family, config, shards)
         if not copy:
             index_parts(shards, staging, separator="/" if in_place else "-")
         target.mkdir(parents=True, exist_ok=True)
@@ -130,23 +126,16 @@ def read_root_config(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json")
     root = read_json(source / "config.json")
-    if "text_config" in root:
+    # an original PS3 config has sub-configs, too, with other options
+    is_encoder = FAMILIES.get(str(root.get("model_type"))) is PS3
+    if "position_grid" in (root.get("vision_config") or {}) if is_encoder else "text_config" in root:
         raise ValueError(f"{source} is already converted")
-    if root.get("model_type") not in ("llava_llama", "vila"):
-        raise ValueError(f"config.json: model_type {root.get('model_type')!r} is no VILA-1.5 or NVILA checkpoint")
+    if root.get("model_type") not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type {root.get('model_type')!r} is no VILA-1.5, NVILA, VILA-HD, VILA-U or PS3 "
+            "checkpoint"
+        )
     return root
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent.name}/{path.name} is missing")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path.parent.name}/{path.name} is no valid JSON") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.parent.name}/{path.name} holds no JSON object")
-    return content
 
 
 def read_part_configs(source: Path, root: dict[str, Any]) -> list[dict[str, Any]]:
@@ -161,8 +150,34 @@ def read_part_configs(source: Path, root: dict[str, Any]) -> list[dict[str, Any]
     return configs
 
 
-def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: str, dtype: str) -> None:
-    """Everything but the weights: configs, tokenizer, chat template and the modules that `auto_map` reaches."""
+def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: str, dtype: str) -> Any:
+    """Everything but the weights: configs, tokenizer, chat template and the modules that `auto_map` reaches.
+
+    Returns the config.
+    """
+    family = family_of(root)
+    describe = {VILA_HD: describe_vila_hd, VILA_U: describe_vila_u}.get(family, describe_vila)
+    config, processor, generation = describe(source, root, conv_mode)
+    tokenizer, template = processor.tokenizer, str(processor.chat_template)
+    config.architectures, config.dtype, config.auto_map = [family.model_class.__name__], dtype, family.auto_map
+    processor.save_pretrained(target)
+    config.save_pretrained(target)
+    GenerationConfig(
+        eos_token_id=stop_token_ids(template, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
+        suppress_tokens=[config.image_token_id, config.video_token_id],
+        **generation,
+    ).save_pretrained(target)
+    if (source / "llm" / "tokenizer.model").is_file():
+        shutil.copy(source / "llm" / "tokenizer.model", target)  # not needed here; for the way back
+    family.copy_code(target)
+    return family.config_class.from_pretrained(target)
+
+
+def describe_vila(source: Path, root: dict[str, Any], conv_mode: str) -> tuple[VilaConfig, VilaProcessor, dict]:
+    """Config, processor and generation options of a VILA-1.5, NVILA or LongVILA checkpoint."""
     llm, tower, projector = read_part_configs(source, root)
     tokenizer = load_tokenizer(source / "llm")
     template = choose_chat_template(conv_mode, tokenizer, llm.get("model_type"), source, root)
@@ -176,7 +191,6 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
         video_token_id=tokenizer.convert_tokens_to_ids(VilaProcessor.video_token),
         time_token_ids=time_token_ids(root, tokenizer, llm.get("vocab_size", 0)),
     )
-    config.architectures, config.dtype, config.auto_map = ["VilaForConditionalGeneration"], dtype, AUTO_MAP
     preprocessor = read_json(source / "vision_tower" / "preprocessor_config.json")
     processor = VilaProcessor(
         to_image_processor(root, preprocessor, config),
@@ -186,38 +200,43 @@ def write_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: 
         s2_output_scale=config.s2_resize_output_to_scale_idx,
         **to_processor_options(root),
     )
-    processor.save_pretrained(target)
+    return config, processor, {}
+
+
+def describe_vila_hd(source: Path, root: dict[str, Any], conv_mode: str) -> tuple[VilaConfig, VilaProcessor, dict]:
+    """The same of a VILA-HD checkpoint."""
+    llm, tower, projector = read_part_configs(source, root)
+    tokenizer = load_tokenizer(source / "llm")
+    tokenizer.chat_template = choose_chat_template(conv_mode, tokenizer, llm.get("model_type"), source, root)
+    weights = all_shapes(find_shards(source / "mm_projector"))
+    config = to_vila_hd_config(root, llm, tower, projector, weights, tokenizer)
+    preprocessor = read_json(source / "vision_tower" / "preprocessor_config.json")
+    return config, to_vila_hd_processor(root, preprocessor, config, tokenizer), {}
+
+
+def write_encoder_metadata(source: Path, root: dict[str, Any], target: Path, conv_mode: str, dtype: str) -> Any:
+    """As `write_metadata`, of a bare PS3 encoder; it has no tokenizer and no chat."""
+    config = to_ps3_config(root, all_shapes(find_shards(source)))
+    config.architectures, config.dtype, config.auto_map = [PS3.model_class.__name__], dtype, PS3.auto_map
+    to_ps3_image_processor(read_json(source / "preprocessor_config.json"), config).save_pretrained(target)
     config.save_pretrained(target)
-    GenerationConfig(
-        eos_token_id=stop_token_ids(template, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
-        suppress_tokens=[config.image_token_id, config.video_token_id],
-    ).save_pretrained(target)
-    if (source / "llm" / "tokenizer.model").is_file():
-        shutil.copy(source / "llm" / "tokenizer.model", target)  # not needed here; for the way back
-    for module in (modeling_vila, processing_vila, configuration_vila):
-        path = str(module.__file__)
-        for file in [path, *get_relative_import_files(path)]:
-            shutil.copy(file, target)
+    PS3.copy_code(target)
+    return PS3.config_class.from_pretrained(target)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer with the media tokens, in the order that gives the original's ids."""
-    folder = folder / "llm" if (folder / "llm").is_dir() else folder
-    needs_sentencepiece = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
-    if needs_sentencepiece and not (is_sentencepiece_available() and is_protobuf_available()):
-        raise ValueError("reading llm/tokenizer.model needs sentencepiece: pip install 'vila-hf[convert]'")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for key in ("is_local", "local_files_only"):  # how it was loaded, not what it is
-        tokenizer.init_kwargs.pop(key, None)
-    media_tokens = (SENTINEL, VilaProcessor.image_token, VilaProcessor.video_token)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in media_tokens])
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def all_shapes(shards: list[Shard]) -> dict[str, list[int]]:
+    return {name: shape for shard in shards for name, shape in shard.shapes.items()}
+
+
+def describe_vila_u(source: Path, root: dict[str, Any], conv_mode: str) -> tuple[VilaConfig, VilaProcessor, dict]:
+    """The same of a VILA-U checkpoint."""
+    llm, tower, projector = read_part_configs(source, root)
+    tokenizer = load_tokenizer(source / "llm")
+    template = choose_vila_u_template(conv_mode)
+    tokenizer.chat_template = template
+    config = to_vila_u_config(root, llm, tower, projector, source / "vision_tower", tokenizer)
+    processor = to_vila_u_processor(root, config, tokenizer, template)
+    return config, processor, {"drawing": drawing_options(config)}
 
 
 def time_token_ids(root: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int] | None:
@@ -235,25 +254,25 @@ def time_token_ids(root: dict[str, Any], tokenizer: PreTrainedTokenizerBase, voc
     return list(ids) if ids and max(ids) < vocab_size else None
 
 
-def check_weights(config: VilaConfig, shards: dict[str, list[Shard]]) -> None:
+def check_weights(family: Family, config: Any, shards: dict[str, list[Shard]]) -> None:
     """Compares names and shapes with the model, so that nothing is initialised at random when it is loaded.
 
     Raises:
         ValueError: naming the first tensor that is missing, too many or of another shape.
     """
     with torch.device("meta"):
-        model = VilaForConditionalGeneration(config)
+        model = family.model_class(config)
         stored = {
-            PART_PREFIXES[part] + name: torch.empty(shape)
+            PART_PREFIXES.get(part, "") + name: torch.empty(shape)
             for part, files in shards.items()
             for shard in files
             for name, shape in shard.shapes.items()
         }
-    found = {name: list(tensor.shape) for name, tensor in with_module_names(stored).items()}
+    found = {name: list(tensor.shape) for name, tensor in family.with_module_names(stored).items()}
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"position_ids$", r"inv_freq$"]))
     for name in sorted(expected.keys() | found.keys()):
-        if name not in found and not (name == "lm_head.weight" and config.tie_word_embeddings):
+        if name not in found and not (name == "lm_head.weight" and getattr(config, "tie_word_embeddings", False)):
             raise ValueError(f"the checkpoint lacks the tensor {name!r}")
         if name not in expected and not ignored.search(name):
             raise ValueError(f"the checkpoint has the tensor {name!r}, which its configs do not speak of")
@@ -288,7 +307,10 @@ def to_original(source: str | Path, target: str | Path) -> Path:
     """
     source, target = Path(source), Path(target)
     config_file = source / "config.json"
-    if not config_file.is_file() or json.loads(config_file.read_text()).get("model_type") != "vila":
+    model_type = json.loads(config_file.read_text()).get("model_type") if config_file.is_file() else None
+    if model_type == "vila_u":
+        raise ValueError(f"{source} is a VILA-U: it has no way back, keep the original folder")
+    if model_type != "vila":
         raise ValueError(f"{source} is no converted VILA checkpoint")
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists and is not empty")
@@ -310,30 +332,6 @@ def to_original(source: str | Path, target: str | Path) -> Path:
     GenerationConfig.from_pretrained(source).save_pretrained(target / "llm")
     split_to_parts(shards, target, extra_tensors)
     return target
-
-
-def save_original_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Tokenizer files as transformers 4 reads them: its class names, and the chat template inside the config."""
-    tokenizer.padding_side = "right"
-    template = re.sub(r"\{%-? (end)?generation -?%\}", "", str(tokenizer.chat_template or ""))
-    tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    content = read_json(folder / "tokenizer_config.json")
-    for key in ("auto_map", "backend", "processor_class"):
-        content.pop(key, None)
-    if isinstance(content.get("extra_special_tokens"), list):
-        content["additional_special_tokens"] = content.pop("extra_special_tokens")
-    if content.get("tokenizer_class") not in ("LlamaTokenizer", "Qwen2Tokenizer"):
-        content["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if content["tokenizer_class"] == "LlamaTokenizer":
-        content["legacy"] = False
-    content["chat_template"] = template
-    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    if content["tokenizer_class"] == "Qwen2Tokenizer":
-        model = read_json(folder / "tokenizer.json")["model"]
-        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
 
 
 def missing_tower_tensors(config: VilaConfig, shards: list[Shard]) -> dict[str, torch.Tensor]:

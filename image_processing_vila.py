@@ -37,19 +37,20 @@ from .geometry_vila import (
 )
 from .image_loading_vila import array_to_image, load_image, open_image, to_rgb, upright_size
 from .media_policy_vila import MediaPolicy
-from .tiling_vila import center_crop, cut_views, in_threads, pad_to_square, resize, tile_side
+from .tiling_vila import center_crop, crop_square, cut_views, in_threads, pad_to_square, resize, tile_side
 
 logger = logging.get_logger(__name__)
 
-ImageMode = Literal["resize", "pad", "dynamic", "dynamic_s2", "plain"]
-IMAGE_MODES = ("resize", "pad", "dynamic", "dynamic_s2", "plain")
+ImageMode = Literal["resize", "pad", "square", "dynamic", "dynamic_s2", "plain"]
+IMAGE_MODES = ("resize", "pad", "square", "dynamic", "dynamic_s2", "plain")
 
 
 class VilaImagesKwargs(ImagesKwargs, total=False):
     """
     image_mode: how a picture meets the square input of the tower. `"resize"` squeezes it, `"pad"` centres it on a
-        square of the mean colour, `"dynamic"` cuts tiles and appends a thumbnail, `"dynamic_s2"` cuts tiles at every
-        scale, `"plain"` is the tower's own preprocessing.
+        square of the mean colour, `"square"` keeps its middle square or, of an upright picture, the top one,
+        `"dynamic"` cuts tiles and appends a thumbnail, `"dynamic_s2"` cuts tiles at every scale, `"plain"` is the
+        tower's own preprocessing.
     min_tiles, max_tiles: bounds on the grid of `"dynamic"`; `"dynamic_s2"` uses the upper one.
     s2_scales: sizes in pixels of the scales of `"dynamic_s2"`.
     tile_multiple_images: cut tiles also where a conversation has several pictures.
@@ -279,6 +280,8 @@ class VilaImageProcessor(PilBackend):
             picture = resize(picture, target["width"], target["height"], policy)
         elif mode == "pad":
             picture = pad_to_square(picture, kwargs["image_mean"], policy)
+        elif mode == "square":
+            picture = crop_square(picture)
         return [self._tower_preprocessing(picture, **kwargs)]
 
     def _tower_preprocessing(self, picture: Image.Image, **kwargs: Any) -> Image.Image:

@@ -1,6 +1,7 @@
-"""Asks a VILA checkpoint about pictures and videos on the command line: `vila-infer`.
+"""Asks a VILA checkpoint about pictures and videos, or a VILA-U for some, on the command line: `vila-infer`.
 
-The answer, and nothing else, goes to stdout as it is written; progress, warnings and errors go to stderr.
+The answer, or the names of the files that were drawn, and nothing else, goes to stdout as it is written; progress,
+warnings and errors go to stderr.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,10 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from .chat_templates_vila import CONV_MODES
+from .configuration_vila_hd import LOOK_CLOSE_MODES
+from .drawing_vila_u import draw
 from .loading_vila import DTYPES, Checkpoint
+from .looking_vila_hd import LookOptions
 from .media_policy_vila import MediaPolicy
 from .media_sources_vila import fetch_url
 from .processing_vila import VilaProcessor
@@ -200,7 +205,8 @@ def read_schema(path: str) -> dict[str, Any]:
 
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `generate()`; what the user does not name is the checkpoint's choice."""
-    generation: dict[str, Any] = {}
+    looks = {own.name: getattr(options, own.name) for own in fields(LookOptions)}
+    generation: dict[str, Any] = {name: value for name, value in looks.items() if value is not None}
     if options.max_new_tokens is not None:
         generation["max_new_tokens"] = options.max_new_tokens
     if options.temperature == 0:
@@ -232,6 +238,23 @@ def number(kind: type, low: float, high: float = float("inf"), *, or_default: bo
     return parse
 
 
+def count_or_all(text: str) -> int | str:
+    """An argparse type: a number of at least 0, or `all`."""
+    return text if text == "all" else number(int, 0)(text)
+
+
+def numbers(text: str) -> list[int]:
+    """An argparse type: `512+2048`."""
+    return [int(part) for part in text.split("+")]
+
+
+def yes_or_no(text: str) -> bool:
+    """An argparse type."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
 def policy_change(text: str) -> Any:
     """An argparse type: a word, or a JSON object of the fields of `MediaPolicy` to change."""
     change = json.loads(text) if text.startswith("{") else text
@@ -254,13 +277,31 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("-m", "--model-path", required=True, metavar="PATH", help="converted or original folder or Hub id")
     add("-l", "--lora-path", metavar="DIR", help="LoRA adapter that is merged into the weights")
     add("-c", "--conv-mode", choices=CONV_MODES, default="auto", help="chat template (default: the checkpoint's)")
-    add("--text", help="question; stands behind the media")
+    add("--text", "--query", help="question; stands behind the media")
     add(
-        "--media", nargs="+", action="extend", default=[], help="pictures, videos and folders of frames: files or URLs"
+        "--media",
+        "--image-path",
+        "--video-path",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="pictures, videos and folders of frames: files or URLs",
     )
+    add("--prompt", help="what a VILA-U is to draw")
+    add("--video-generation", type=yes_or_no, nargs="?", const=True, default=False, help="draw a video")
+    add(
+        "--save-path", default="generated_images", metavar="DIR", help="folder of what is drawn (default: %(default)s)"
+    )
+    add("--generation-nums", type=number(int, 1), default=1, metavar="N", help="how many are drawn")
+    add("--cfg", type=number(float, 1e-6), metavar="SCALE", help="guidance scale of drawing (default: 3)")
     add("--media-policy", type=policy_change, metavar="JSON", help="limits to change: '{\"max_frames\": 100000}'")
     add("-nf", "--num-video-frames", type=count, default=-1, metavar="N", help="frames that are taken of a video")
     add("-vm", "--video-max-tiles", type=count, default=-1, metavar="N", help="tiles that a frame is cut into at most")
+    add("--num-look-close", type=count_or_all, metavar="N", help="VILA-HD: looks at a picture, or all")
+    add("--num-token-look-close", type=count_or_all, metavar="N", help="VILA-HD: patches to look at instead, or all")
+    add("--select-num-each-scale", type=numbers, metavar="N+N", help="VILA-HD: patches of a look at each scale")
+    add("--look-close-mode", choices=LOOK_CLOSE_MODES, help="VILA-HD: choose patches with or without the question")
+    add("--smooth-selection-prob", action="store_const", const=True, help="VILA-HD: choose patches in blocks")
     add("--json-mode", action="store_true", help="answer with JSON")
     add("--json-schema", metavar="FILE", help=".json schema, or .py with a pydantic class Main, that the answer obeys")
     add("--max-new-tokens", type=number(int, 1), metavar="N", help="tokens of the answer at most")
@@ -270,8 +311,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--device", help="cuda, cuda:1, mps, cpu ... (default: the best that is there)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
     options = parser.parse_args([with_dashes(argument) for argument in arguments])
-    if options.text is None and not options.media:
-        parser.error("give --text, --media or both")
+    if options.prompt is not None and (options.text is not None or options.media):
+        parser.error("--prompt draws, --text and --media ask: give either")
+    if options.prompt is None and options.text is None and not options.media:
+        parser.error("give --text, --media or both, or --prompt")
     if options.temperature == 0 and options.top_p is not None:
         parser.error("--top-p needs a --temperature above 0")
     return options
@@ -286,7 +329,7 @@ def with_dashes(argument: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        answer(options)
+        (answer if options.prompt is None else draw)(options)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:

@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from .chat_templates_vila import CONV_MODES, named_template, stop_token_ids
+from .chat_templates_vila import (
+    CONV_MODES,
+    choose_vila_u_template,
+    named_template,
+    stop_token_ids,
+    user_end_ids,
+)
 from .conversion_vila import convert, read_json, resolve_source
+from .families_vila import FAMILIES, PS3, family_of
 from .lora_vila import merge_lora, read_lora_config
 from .modeling_vila import VilaForConditionalGeneration
 from .processing_vila import VilaProcessor
@@ -41,14 +48,20 @@ class Checkpoint:
         folder = resolve_source(source)
         root = read_json(folder / "config.json")
         is_converted = "text_config" in root
-        if is_converted and root.get("model_type") != "vila":
+        if FAMILIES.get(str(root.get("model_type"))) is PS3:
+            raise ValueError(f"{source} holds an encoder without a language model, which answers no questions")
+        if is_converted and root.get("model_type") not in FAMILIES:
             raise ValueError(f"{source} holds a model of the type {root.get('model_type')!r}, no VILA checkpoint")
+        if is_converted and conv_mode != "auto" and root["model_type"] == "vila_u":
+            choose_vila_u_template(conv_mode)
+            conv_mode = "auto"  # it has no other one
         self.folder = folder if is_converted else convert_cached(folder, checkpoint_name(source), conv_mode)
         # a conversion has the template already, and may have taken the checkpoint's own of that name
+        self.family = family_of(read_json(self.folder / "config.json"))
         self.template = named_template(conv_mode) if is_converted and conv_mode != "auto" else None
 
     def load_processor(self) -> VilaProcessor:
-        processor: VilaProcessor = VilaProcessor.from_pretrained(self.folder, trust_remote_code=False)
+        processor: Any = self.family.processor_class.from_pretrained(self.folder, trust_remote_code=False)
         if self.template is not None:
             processor.chat_template = self.template
         return processor
@@ -73,11 +86,13 @@ class Checkpoint:
         device = check_device(device or default_device())
         if lora is not None:
             read_lora_config(lora)  # what is wrong with it is told before the weights are read
-        model: Any = VilaForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
+        model: Any = self.family.model_class.from_pretrained(self.folder, dtype=dtype)
         if lora is not None:
             model = merge_lora(model, lora)
         if self.template is not None:
             model.generation_config.eos_token_id = stop_token_ids(self.template, processor.tokenizer)
+            if hasattr(model.config, "user_end_ids"):
+                model.config.user_end_ids = user_end_ids(self.template, processor.tokenizer)
         return model.to(device).eval()
 
 

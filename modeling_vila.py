@@ -166,7 +166,8 @@ class VilaModel(VilaPreTrainedModel, VilaMediaEncoder):
         if not encoded and self._must_run_tower():
             embeds = embeds + self._encode_zero_tile().to(embeds.device, embeds.dtype)
 
-        if attention_mask is None and position_ids is not None and past_key_values is None:
+        is_packed = attention_mask is None and position_ids is not None and past_key_values is None
+        if self.training or is_packed:
             # rows packed into one: transformers keeps their attention apart only where there is no cache
             kwargs.setdefault("use_cache", False)
         outputs = self.language_model(
@@ -230,10 +231,12 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, VilaGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    # of the base model; VILA-U has its own
+    model_class: Any = VilaModel
 
     def __init__(self, config: VilaConfig):
         super().__init__(config)
-        self.model = VilaModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 

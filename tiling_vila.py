@@ -57,6 +57,13 @@ def pad_to_square(picture: Image.Image, mean: float | Sequence[float], policy: M
     return square
 
 
+def crop_square(picture: Image.Image) -> Image.Image:
+    """The top square of an upright picture, the middle one of others."""
+    side = min(picture.size)
+    left = (picture.width - side) // 2
+    return picture.crop((left, 0, left + side, side))
+
+
 def center_crop(picture: Image.Image, crop_size: Any, policy: MediaPolicy) -> Image.Image:
     """The middle of the picture; black where the picture is smaller than the crop."""
     policy.check_pixels(crop_size.width, crop_size.height, "cropping the picture")

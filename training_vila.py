@@ -28,6 +28,7 @@ PARTS = {
     "vision_tower": ("model.vision_tower",),
     "projector": ("model.multi_modal_projector",),
     "language_model": ("model.language_model", "lm_head"),
+    "depth_transformer": ("model.depth_transformer",),  # of VILA-U
 }
 # the linear layers of the language model, for `peft.LoraConfig(target_modules=...)`
 LORA_TARGETS = r".*\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
@@ -57,6 +58,9 @@ class VilaDataCollator:
     Raises:
         ValueError: if an option makes no sense.
     """
+
+    # variables of the chat template
+    template_variables: dict[str, Any] = {}
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class VilaDataCollator:
             return_dict=True,
             return_assistant_tokens_mask=True,
             processor_kwargs={"padding": False, **self.processor_kwargs},
+            **self.template_variables,
         )
         ids, mask = torch.tensor(data.pop("input_ids")[0]), torch.tensor(data.pop("assistant_masks")[0])
         if not mask.any():
@@ -189,14 +194,21 @@ def media_tensor(value: Any) -> torch.Tensor:
     return value if torch.is_tensor(value) else torch.from_numpy(np.stack([np.asarray(item) for item in value]))
 
 
+def parts_of(model: PreTrainedModel) -> list[str]:
+    """The names in `PARTS` that a model has. What else VILA-U has, its codes and their decoder, is never trained."""
+    modules = dict(model.named_modules())
+    return [part for part, names in PARTS.items() if all(name in modules for name in names)]
+
+
 def train_only(model: PreTrainedModel, parts: Sequence[str]) -> PreTrainedModel:
-    """Freezes everything but the named parts, of `PARTS`.
+    """Freezes everything but the named parts, of `parts_of(model)`.
 
     Raises:
         ValueError: for an unknown part, or none.
     """
-    if not parts or not set(parts) <= set(PARTS):
-        raise ValueError(f"name one or several of {', '.join(PARTS)}, got {', '.join(parts) or 'none'}")
+    known = parts_of(model)
+    if not parts or not set(parts) <= set(known):
+        raise ValueError(f"name one or several of {', '.join(known)}, got {', '.join(parts) or 'none'}")
     model.requires_grad_(False)
     for part in parts:
         for name in PARTS[part]:
@@ -256,4 +268,4 @@ def set_vision_resolution(model: PreTrainedModel, processor: VilaProcessor, reso
     processor.num_tile_tokens = config.num_tile_tokens
 
 
-__all__ = ["VilaDataCollator", "resize_position_embeddings", "set_vision_resolution", "train_only"]
+__all__ = ["VilaDataCollator", "parts_of", "resize_position_embeddings", "set_vision_resolution", "train_only"]

@@ -80,7 +80,7 @@ def write_index(path: Path, weight_map: dict[str, str], num_bytes: int) -> None:
 def index_parts(shards: dict[str, list[Shard]], target: Path, separator: str) -> None:
     """Writes an index of the files as they are: `/` points into the part folders, `-` to the links of `link_parts`."""
     weight_map = {
-        name: f"{part}{separator}{shard.path.name}"
+        name: f"{part}{separator if part else ''}{shard.path.name}"
         for part, files in shards.items()
         for shard in files
         for name in shard.shapes
@@ -96,7 +96,7 @@ def link_parts(shards: dict[str, list[Shard]], target: Path) -> None:
     """
     for part, files in shards.items():
         for shard in files:
-            os.symlink(shard.path.resolve(), target / f"{part}-{shard.path.name}")
+            os.symlink(shard.path.resolve(), target / f"{part}{'-' if part else ''}{shard.path.name}")
 
 
 def copy_to_root(shards: dict[str, list[Shard]], target: Path) -> None:
@@ -108,7 +108,7 @@ def copy_to_root(shards: dict[str, list[Shard]], target: Path) -> None:
     ):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         with safe_open(shard.path, framework="pt") as file:
-            tensors = {PART_PREFIXES[part] + key: file.get_tensor(key) for key in shard.shapes}
+            tensors = {PART_PREFIXES.get(part, "") + key: file.get_tensor(key) for key in shard.shapes}
         save_file(tensors, target / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     write_index(target / INDEX, weight_map, sum(shard.num_bytes for _, shard in files))

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from .quantization_vila import own_quantization, register_quantization
+
+register_quantization()
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 PICKLES = ("*.bin", "*.pt", "*.pth")
 
 # whether the caller of `from_pretrained` accepts weights of another shape
@@ -22,6 +27,7 @@ class VilaCompleteLoading(PreTrainedModel):
         cls,
         source: Any,
         *args: Any,
+        config: Any = None,
         use_safetensors: bool | None = None,
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
@@ -35,10 +41,15 @@ class VilaCompleteLoading(PreTrainedModel):
         """
         if use_safetensors is False:
             raise ValueError("weights are read from safetensors files only: a pickle file can run any code")
+        if source is not None and config is None:
+            config = cls._quantized_config(source, kwargs)
+        if isinstance(config, PreTrainedConfig):
+            config = own_quantization(config)
         token = accepts_mismatch.set(ignore_mismatched_sizes)
+        options = {"config": config, "use_safetensors": True, **kwargs}
         try:
             # otherwise transformers' own error replaces the one that names the weight
-            return super().from_pretrained(source, *args, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs)
+            return super().from_pretrained(source, *args, ignore_mismatched_sizes=True, **options)
         except SafetensorError as error:
             raise ValueError("a weight file of the checkpoint is damaged: no readable safetensors file") from error
         except OSError as error:
@@ -49,6 +60,17 @@ class VilaCompleteLoading(PreTrainedModel):
             raise
         finally:
             accepts_mismatch.reset(token)
+
+    @classmethod
+    def _quantized_config(cls, source: Any, options: dict[str, Any]) -> PreTrainedConfig | None:
+        """The config of an int4 checkpoint, with its own options taken out of the others; None for any other."""
+        hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
+        config_class: Any = cls.config_class
+        found, _ = config_class.get_config_dict(source, **hub_options)
+        if "quantization_config" not in found:
+            return None
+        own = {name: options.pop(name) for name in [*options] if name in config_class.__annotations__}
+        return config_class.from_pretrained(source, **hub_options, **own)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """The step before transformers makes up weights: of a config of huge numbers, it would not even return."""

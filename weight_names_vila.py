@@ -26,6 +26,8 @@ FOLDER_NAMES = {
     r"^model\.(embed_tokens|layers|norm)\.": r"llm.model.\1.",
     r"^(vision_model|embeddings|encoder)\.": r"vision_tower.vision_tower.\1.",
     r"^layers\.": "mm_projector.layers.",
+    # of VILA-HD
+    r"^(top_down_prompt_head|high_res_pos_embed|high_res_scale_embed)\b": r"mm_projector.\1",
 }
 
 # prefix in the whole model -> prefix in `VilaForConditionalGeneration`
@@ -110,6 +112,6 @@ def with_module_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch
     return renamed
 
 
-def register_weight_names() -> None:
+def register_weight_names(model_type: str = "vila") -> None:
     """Makes `from_pretrained` and `save_pretrained` of VILA models go through the table."""
-    register_checkpoint_conversion_mapping("vila", weight_transforms(), overwrite=True)
+    register_checkpoint_conversion_mapping(model_type, weight_transforms(), overwrite=True)

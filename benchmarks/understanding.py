@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timing import generate, resident, seconds_of
 from transformers import AutoConfig, AutoModel, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from vila.configuration_vila import VilaConfig
 from vila.geometry_vila import TileGrid, tile_boxes
@@ -101,34 +102,6 @@ def prompt(name: str, has_media: bool) -> torch.Tensor:
     if has_media:
         ids[:, : TILES * (121 if name == "ours" else 122)] = IMAGE_TOKEN
     return ids
-
-
-class Clock:
-    """A streamer that notes when tokens come."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def generate(model: Any, new_tokens: int, **inputs: Any) -> list[float]:
-    """Seconds from token to token."""
-    clock = Clock()
-    model.generate(
-        **inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, streamer=clock, pad_token_id=0
-    )
-    return list(np.diff(clock.times[1:]))
-
-
-def seconds_of(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def limits() -> tuple[float, float]:
@@ -233,12 +206,6 @@ def preprocessing() -> dict[str, Callable[[], float]]:
     if not np.array_equal(processor([photo])["pixel_values"], plain()):
         raise SystemExit("pixels differ")
     return {"ours": lambda: seconds_of(lambda: processor([photo])), "peer": lambda: seconds_of(plain)}
-
-
-def resident(name: str) -> float:
-    """`VmRSS` or `VmHWM` of this process in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def measure_memory(name: str, folder: Path, is_packed: bool) -> dict[str, float]:

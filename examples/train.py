@@ -19,7 +19,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from vila.training_presets_vila import LORA, PRESETS, TrainingPreset, split_batch
-from vila.training_vila import LORA_TARGETS, PARTS, VilaDataCollator, set_vision_resolution, train_only
+from vila.training_vila import LORA_TARGETS, PARTS, VilaDataCollator, parts_of, set_vision_resolution, train_only
+from vila.training_vila_u import VilaUDataCollator
 
 logger = logging.getLogger(__name__)
 MEDIA_PATH_KEYS = ("image", "video", "path")
@@ -158,12 +159,13 @@ def main(arguments: list[str]) -> None:
     model = AutoModel.from_pretrained(options.model, config=config, trust_remote_code=True, dtype=options.dtype)
     if options.vision_resolution is not None:
         set_vision_resolution(model, processor, options.vision_resolution)
-    model = add_adapters(model, options) if options.lora else train_only(model, options.tuned or sorted(PARTS))
+    model = add_adapters(model, options) if options.lora else train_only(model, options.tuned or parts_of(model))
 
+    collator = VilaUDataCollator if config.model_type == "vila_u" else VilaDataCollator
     trainer = Trainer(
         model,
         training,
-        data_collator=VilaDataCollator(processor, packing=options.packing, max_length=options.max_length),
+        data_collator=collator(processor, packing=options.packing, max_length=options.max_length),
         train_dataset=read_rows(options.data),
         eval_dataset=read_rows(options.eval_data) if options.eval_data else None,
         processing_class=processor,

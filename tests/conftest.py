@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
 from vila.conversion_vila import convert
 
 # the models are so small that threads only wait for each other
@@ -48,6 +49,10 @@ class GoldenCase:
         return json.loads((self.folder / "prompt.json").read_text())
 
     @property
+    def has_checkpoint(self) -> bool:
+        return (self.folder / "checkpoint").is_dir()
+
+    @property
     def chats(self) -> list:
         """The conversations, with paths into the case's folder."""
         chats = copy.deepcopy(self.prompt["batch"] if "batch" in self.prompt else [self.prompt["messages"]])
@@ -80,6 +85,24 @@ def converted(tmp_path_factory):
         return folders[key]
 
     return convert_once
+
+
+VILA_U_CASE = GoldenCase(COMMITTED_GOLDENS / "vila_u" / "image_generation")
+
+
+@pytest.fixture(scope="session")
+def vila_u_folder(tmp_path_factory) -> Path:
+    return convert(VILA_U_CASE.folder / "checkpoint", tmp_path_factory.mktemp("vila_u") / "tiny_u")
+
+
+@pytest.fixture(scope="session")
+def vila_u_model(vila_u_folder):
+    return AutoModel.from_pretrained(vila_u_folder, dtype="float32").eval()
+
+
+@pytest.fixture(scope="session")
+def vila_u_processor(vila_u_folder):
+    return AutoProcessor.from_pretrained(vila_u_folder)
 
 
 @pytest.fixture(scope="session")

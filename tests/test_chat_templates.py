@@ -7,7 +7,7 @@ from conftest import COMMITTED_GOLDENS
 from jinja2 import TemplateError
 from vila.chat_templates_vila import CONV_MODES, choose_chat_template, named_template, stop_token_ids
 from vila.chat_vila import message_ends, render
-from vila.conversion_vila import load_tokenizer
+from vila.tokenizer_files_vila import load_tokenizer
 
 NAMES = CONV_MODES[1:]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -99,6 +99,9 @@ def reference_views(image, mode, mean):
         square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return [square]
+    if mode == "square":
+        left = max(image.width - image.height, 0) // 2
+        return [image.crop((left, 0, left + min(image.size), min(image.size)))]
     if mode == "dynamic":
         grid = choose_tile_grid(*image.size, SIDE, 1, 12)
         return cut(image, grid.cols, grid.rows) + ([image.resize((SIDE, SIDE))] if grid.area > 1 else [])

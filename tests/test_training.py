@@ -22,6 +22,7 @@ from vila.training_vila import (
     LORA_TARGETS,
     PARTS,
     VilaDataCollator,
+    parts_of,
     resize_position_embeddings,
     set_vision_resolution,
     train_only,
@@ -317,16 +318,26 @@ def test_config_refuses_time_tokens_without_sense(lite, options):
 
 def test_train_only_freezes_the_rest(lite):
     model = load(lite)
-    for part, names in PARTS.items():
+    assert set(PARTS) - set(parts_of(model)) == {"depth_transformer"}
+    for part in parts_of(model):
+        names = PARTS[part]
         train_only(model, [part])
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         assert trained and all(name.startswith(names) for name in trained)
-    train_only(model, list(PARTS))
+    train_only(model, parts_of(model))
     assert all(weight.requires_grad for weight in model.parameters())
     with pytest.raises(ValueError, match="vision_tower"):
         train_only(model, ["tower"])
+    with pytest.raises(ValueError, match="depth_transformer"):
+        train_only(model, ["depth_transformer"])
     with pytest.raises(ValueError, match="none"):
         train_only(model, [])
+
+
+def test_training_builds_no_cache(lite):
+    model, ids = load(lite), torch.tensor([[5, 6, 7]])
+    assert model.train()(ids).past_key_values is None and model.eval()(ids).past_key_values is not None
+    assert model.train()(ids, use_cache=True).past_key_values is not None
 
 
 def test_frozen_tower_stays_in_inference_mode(lite):
@@ -640,6 +651,18 @@ def test_command_trains_resumes_and_saves_what_loads(command, lite, data, tmp_pa
         assert torch.equal(weight, resumed.get_parameter(name))
     with torch.no_grad():
         assert resumed.eval()(**VilaDataCollator(AutoProcessor.from_pretrained(output))(ROWS)).loss < losses[0]
+
+
+def test_command_teaches_a_vila_u_to_draw(command, vila_u_folder, tmp_path):
+    PICTURE["image"].save(tmp_path / "picture.png")
+    drawn = chat([text("A snowy mountain.")], [{"type": "image", "path": str(tmp_path / "picture.png")}])
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in (drawn, TEXT_ROW, drawn, TEXT_ROW)) + "\n")
+    output = tmp_path / "out_u"
+    run(command, vila_u_folder, file, output, "--max_steps", "1", "--packing", "True", "--learning_rate", "1e-2")
+    before, after = (load(folder).model.depth_transformer.head.weight for folder in (vila_u_folder, output))
+    assert not torch.equal(before, after)
+    assert AutoProcessor.from_pretrained(output)(text="A cat.", generation_mode="image")["negative_prompt_ids"]
 
 
 def test_command_trains_adapters(command, lite, data, tmp_path):

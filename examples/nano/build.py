@@ -9,7 +9,6 @@ An NVILA-Lite in small: dynamic tiles, a projector that merges patches, a video 
 
 import argparse
 import random
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +19,14 @@ from dataset import TASKS
 from drawing import SIDE
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
-from transformers.dynamic_module_utils import get_relative_import_files
 from vila import (
     VilaConfig,
     VilaForConditionalGeneration,
     VilaImageProcessor,
     VilaProcessor,
-    configuration_vila,
-    modeling_vila,
-    processing_vila,
 )
 from vila.chat_templates_vila import SENTINEL
-from vila.conversion_vila import AUTO_MAP
+from vila.families_vila import VILA
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -112,7 +107,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> VilaConfig:
         vision_chunk_size=64,  # so small a tower is the faster the more tiles it is given
         video_pool_sizes=[[FRAMES_PER_STEP, 2, 2]],
     )
-    config.architectures, config.auto_map = ["VilaForConditionalGeneration"], AUTO_MAP
+    config.architectures, config.auto_map = ["VilaForConditionalGeneration"], VILA.auto_map
     return config
 
 
@@ -150,10 +145,7 @@ def save(model: VilaForConditionalGeneration, processor: VilaProcessor, folder: 
     """An ordinary folder, with the modules that `auto_map` reaches."""
     model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
-    for module in (modeling_vila, processing_vila, configuration_vila):
-        path = str(module.__file__)
-        for file in [path, *get_relative_import_files(path)]:
-            shutil.copy(file, folder)
+    VILA.copy_code(folder)
 
 
 def build(folder: str | Path, seed: int = 0) -> Path:

@@ -1,0 +1,85 @@
+"""What int4 costs in answers: vila-nano rounded and searched, `python benchmarks/quantize_quality.py`.
+
+Accuracies are those of `examples/nano/evaluate.py`; the divergence is that of the next token at every answer's tokens,
+from the model as it is, in nats.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor
+from vila.quantize import Options, quantize
+from vila.training_vila import VilaDataCollator
+
+NANO = Path(__file__).resolve().parents[1] / "examples" / "nano"
+sys.path.insert(0, str(NANO))
+from answering import batched, score  # noqa: E402
+from evaluate import DEFAULT_MODEL  # noqa: E402
+from judge import TRIALS  # noqa: E402
+
+CONTROLS = ("fewshot_0", "tiles_off")
+BATCH_SIZE = 32
+
+
+def load(folder: Path) -> Any:
+    return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="bfloat16").eval()
+
+
+@torch.no_grad()
+def divergence(whole: Any, model: Any, processor: Any, trials: list[str], samples: int, seed: int) -> float:
+    """Mean KL divergence of answers' tokens."""
+    collator, total, count = VilaDataCollator(processor), 0.0, 0
+    for trial in tqdm(trials, desc="divergence", file=sys.stderr):
+        for episodes in batched(TRIALS[trial].episodes(samples, seed), BATCH_SIZE):
+            batch = collator([{"messages": episode.messages} for episode in episodes])
+            is_answer = batch.pop("labels")[:, 1:] != -100
+            one, two = (each(**batch).logits[:, :-1][is_answer].float().log_softmax(-1) for each in (whole, model))
+            total += (one.exp() * (one - two)).sum().item()
+            count += int(is_answer.sum())
+    return total / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
+    parser.add_argument("--samples", type=int, default=400, help="questions per task (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calibration", help="see vila.quantize (default: what is drawn, and prose)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per variant instead of the table")
+    options = parser.parse_args()
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    trials = [name for name in TRIALS if name not in CONTROLS and "shuffled" not in name]
+    whole = load(options.model)
+    with tempfile.TemporaryDirectory() as name:
+        variants: dict[str, Any] = {"bfloat16": None}
+        for bits in (4, 3):
+            variants[f"RTN, {bits} bits"] = Options("rtn", bits)
+            variants[f"AWQ, {bits} bits"] = Options("awq", bits)
+            if find_spec("optimum") is not None:
+                variants[f"GPTQ, {bits} bits"] = Options("gptq", bits)
+        variants["AWQ, 4 bits, int8 head"] = Options("awq", 4, head_bits=8)
+        for number, (title, choice) in enumerate(variants.items()):
+            model = whole
+            if choice is not None:
+                model = load(quantize(options.model, Path(name) / str(number), choice, options.calibration))
+            scores = {
+                trial: score(model, processor, trial, options.samples, options.seed, batch_size=BATCH_SIZE).accuracy
+                for trial in tqdm(trials, desc=title, file=sys.stderr)
+            }
+            mean = sum(scores.values()) / len(scores)
+            kl = divergence(whole, model, processor, trials, max(1, options.samples // 4), options.seed)
+            row = {"variant": title, "mean": mean, "divergence": kl, "scores": scores}
+            text = json.dumps(row) if options.json else f"| {title} | {100 * mean:.1f} % | {kl:.5f} |"
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
