@@ -118,6 +118,12 @@ def default_attention() -> str | None:
     return None if torch.accelerator.is_available() else CPU_ATTENTION
 
 
+def set_default_attention(*configs: Any) -> None:
+    """What the parts of a model use, for those of which nothing else was asked."""
+    for config in configs:
+        config._attn_implementation = config._attn_implementation or default_attention()
+
+
 def register_cpu_attention() -> None:
     AttentionInterface.register(CPU_ATTENTION, cpu_attention_forward)
     AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)

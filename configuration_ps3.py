@@ -19,8 +19,6 @@ else:
     SubConfig = dict | PreTrainedConfig | None
     Numbers = list[int] | tuple[int, ...] | None
 
-POSITION_MODES = ("interpolate", "crop")
-
 
 @raise_value_errors
 @strict

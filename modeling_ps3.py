@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
-from .attention_vila import default_attention
+from .attention_vila import set_default_attention
 from .configuration_ps3 import Ps3Config
 from .encoder_ps3 import Ps3Output, Ps3PreTrainedModel, Ps3VisionModel
 from .selection_ps3 import at_grids, choose_patches, plan_looks, resize_map
@@ -36,7 +36,7 @@ class Ps3Model(Ps3PreTrainedModel):
 
     def __init__(self, config: Ps3Config):
         super().__init__(config)
-        config.vision_config._attn_implementation = config.vision_config._attn_implementation or default_attention()
+        set_default_attention(config.vision_config)
         self.vision_model = Ps3VisionModel(config.vision_config)
         if config.text_config is not None:
             self.text_model = Ps3TextTower(config.text_config)

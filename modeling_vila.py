@@ -21,7 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from .attention_vila import default_attention, register_cpu_attention
+from .attention_vila import default_attention, register_cpu_attention, set_default_attention
 from .configuration_vila import VilaConfig, first
 from .encoding_vila import VilaMediaEncoder
 from .generation_vila import VilaGenerationMixin
@@ -83,8 +83,7 @@ class VilaModel(VilaPreTrainedModel, VilaMediaEncoder):
 
     def __init__(self, config: VilaConfig):
         super().__init__(config)
-        for part in (config.vision_config, config.text_config):
-            part._attn_implementation = part._attn_implementation or default_attention()
+        set_default_attention(config.vision_config, config.text_config)
         self.vision_tower = build_vision_tower(config)
         self.multi_modal_projector = VilaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -231,7 +230,7 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, VilaGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # of the base model; VILA-U has its own
+    # families with another base model name theirs
     model_class: Any = VilaModel
 
     def __init__(self, config: VilaConfig):

@@ -16,7 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .attention_vila import default_attention
+from .attention_vila import set_default_attention
 from .configuration_vila_hd import VilaHDConfig
 from .encoder_ps3 import Ps3VisionModel, init_ps3_weights
 from .generation_vila_hd import VilaHDGenerationMixin, as_encoded
@@ -59,8 +59,7 @@ class VilaHDModel(VilaHDLooking, VilaModel):
 
     def __init__(self, config: VilaHDConfig):
         VilaPreTrainedModel.__init__(self, config)
-        for part in (config.vision_config, config.text_config):
-            part._attn_implementation = part._attn_implementation or default_attention()
+        set_default_attention(config.vision_config, config.text_config)
         self.vision_tower = Ps3VisionModel(config.vision_config, has_pooling=False)
         self.multi_modal_projector = VilaHDProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -106,12 +105,7 @@ class VilaHDForConditionalGeneration(VilaHDGenerationMixin, VilaForConditionalGe
 
     config: VilaHDConfig
     config_class = VilaHDConfig
-
-    def __init__(self, config: VilaHDConfig):
-        VilaPreTrainedModel.__init__(self, config)
-        self.model = VilaHDModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    model_class = VilaHDModel
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -193,7 +194,7 @@ def test_it_can_be_dequantised(quantized):
 
 
 def test_a_missing_weight_is_an_error(quantized, tmp_path):
-    shutil_copy(quantized, tmp_path)
+    shutil.copytree(quantized, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["llm.model.layers.1.mlp.up_proj.qzeros"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -203,7 +204,7 @@ def test_a_missing_weight_is_an_error(quantized, tmp_path):
 
 @pytest.mark.parametrize("change", [{"bits": 8}, {"zero_point": False}, {"version": "gemv"}, {"head_bits": 4}])
 def test_other_formats_are_refused(quantized, tmp_path, change):
-    shutil_copy(quantized, tmp_path)
+    shutil.copytree(quantized, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -636,8 +637,3 @@ def test_the_module_runs_as_a_command(source, tmp_path):
     done = subprocess.run([*command, "--group-size", str(GROUP)], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == str(tmp_path / "out")
     assert (REPOSITORY / "quantize" / "__main__.py").is_file() and load(tmp_path / "out") is not None
-
-
-def shutil_copy(source, target):
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())

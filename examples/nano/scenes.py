@@ -13,7 +13,6 @@ from vocabulary import COLOURS, HELD_OUT_PAIRS, SHAPES, TRAINED_PAIRS, Split, dr
 
 MAX_COUNT = 9
 MAX_COUNTED_DISTRACTORS = 3
-RELATIONS = ("left of", "right of", "above", "below")
 MIN_OFFSET = 14  # pixels by which a relation must hold
 
 
