@@ -26,6 +26,7 @@ FOLDER = evaluate.DEFAULT_MODEL
 SCORES = {row["trial"]: row for row in json.loads((FOLDER / publish.SCORES).read_text())["scores"]}
 GOALS = [trial for trial, row in SCORES.items() if row["goal"]]
 MAX_BYTES = 16_000_000
+NANO = REPOSITORY / "examples" / "nano"
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,33 @@ def test_a_hundred_answers_are_as_good_as_the_measured_scores(model, processor):
             right, total, expected = right + found.right, total + 1, expected + SCORES[trial]["accuracy"]
     low, high = judge.wilson(right, total)
     assert low <= expected / total <= high
+
+
+def test_in_int4_it_still_sees(processor, tmp_path):
+    """Searched by the command, loaded in a process that knows this folder alone, and judged by its answers."""
+    target = tmp_path / "vila-nano-awq"
+    command = [sys.executable, "-m", "vila.quantize", str(FOLDER), str(target)]
+    subprocess.run([*command, "--samples", "16", "--max-tokens", "256"], check=True)
+    weights = target / "model.safetensors"
+    assert weights.stat().st_size < 0.6 * (FOLDER / weights.name).stat().st_size
+    code = (
+        "import sys; sys.modules['vila'] = sys.modules['gptqmodel'] = sys.modules['awq'] = None\n"
+        "import json\n"
+        "from answering import score\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, dtype='bfloat16').eval()\n"
+        "processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "rows = [score(model, processor, trial, 25, seed=7) for trial in sys.argv[2:]]\n"
+        "print(json.dumps({row.trial: row.right for row in rows}))\n"
+    )
+    trials = ["naming", "count", "order", "fewshot_4"]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(NANO)}
+    command = [sys.executable, "-c", code, str(target), *trials]
+    answer = subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    right = json.loads(answer.stdout.splitlines()[-1])
+    for trial in trials:
+        low, high = judge.wilson(right[trial], 25)
+        assert low <= SCORES[trial]["accuracy"] <= high, (trial, right[trial])
 
 
 # --------------------------------------------------------------------------------------- demo, notebook, fine-tuning

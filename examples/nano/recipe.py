@@ -6,12 +6,13 @@ random weights, so that
 
 - a stage before the first makes a tower, by labelling what is drawn where, see `tower.py`;
 - another one makes a language model, of text alone;
-- the last one trains the tower further, together with the rest.
+- the last one leaves the tower as it is: trained further, at the rate that the rest needs, it forgets the letters (after
+  9,000 conversations 22 % of the printed strings were read, 45 % with the tower as it was), and takes twice the time.
 """
 
 from dataclasses import dataclass, replace
 
-EVERYTHING = ("vision_tower", "projector", "language_model")
+BEHIND_TOWER = ("projector", "language_model")
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ INSTRUCTIONS = {
     "tiles": 0.8,
     "receipt_steps": 1.0,
     "receipt_direct": 0.1,
-    "fewshot": 0.8,
+    "fewshot": 1.2,
     "direction": 0.4,
     "order": 0.4,
     "flashes": 0.3,
-    "text": 0.5,
+    "text": 1.5,
 }
 SEEN = ("naming", "yes_no", "count", "read")
 
@@ -79,7 +80,7 @@ STAGES = (
     Stage("align", ("projector",), {"caption": 1.0}, 1e-3, "cosine", 6_000, 0.01, ("naming", "read")),
     Stage(
         "pretrain",
-        ("projector", "language_model"),
+        BEHIND_TOWER,
         INTERLEAVED,
         2e-3,
         "constant_with_warmup",
@@ -89,7 +90,7 @@ STAGES = (
     ),
     Stage(
         "sft",
-        EVERYTHING,
+        BEHIND_TOWER,
         INSTRUCTIONS,
         2e-3,
         "cosine",
