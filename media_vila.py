@@ -220,7 +220,7 @@ class VilaMediaBlocks:
         return [token for token, _ in line_break][1:-1]
 
     def _replacements(self, prompt: str, media: list[Medium]) -> list[dict[str, Any]]:
-        """What stands for the pictures of one prompt: as many image tokens as `_cut_by_tiles` lets the model make rows.
+        """What stands for the pictures of one prompt: one image token for every row that the model makes of it.
 
         Raises:
             ValueError: if there is a video.
@@ -233,7 +233,7 @@ class VilaMediaBlocks:
             start, end = match.span()
             span = (start + moved, start + moved + len(text))
             found.append(
-                {"type": "image", "span": (start, end), "new_span": span, "text": match[0], "replacement": text}
+                {"type": "image", "span": match.span(), "new_span": span, "text": match[0], "replacement": text}
             )
             moved += len(text) - (end - start)
         return found
