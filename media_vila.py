@@ -231,10 +231,8 @@ class VilaMediaBlocks:
         for match, medium in zip(re.finditer(re.escape(self.image_token), prompt), media):
             text = self.image_token * (len(medium.block) + len(self._separator_ids) * self._has_lines(medium))
             start, end = match.span()
-            span = (start + moved, start + moved + len(text))
-            found.append(
-                {"type": "image", "span": match.span(), "new_span": span, "text": match[0], "replacement": text}
-            )
+            place = {"span": (start, end), "new_span": (start + moved, start + moved + len(text))}
+            found.append({"type": "image", "text": match[0], "replacement": text, **place})
             moved += len(text) - (end - start)
         return found
 

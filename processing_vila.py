@@ -217,9 +217,7 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
             text_kwargs["add_special_tokens"] = rendered_special_tokens
 
         for_engine = text_kwargs["return_text_replacement_offsets"] and rendered_special_tokens is None
-        if (
-            for_engine
-        ):  # which keeps what a picture becomes, for other prompts too: it must not depend on its neighbours
+        if for_engine:  # which keeps what a picture becomes, to put it beside other ones
             merged["images_kwargs"] = {"tile_multiple_images": True, **merged["images_kwargs"]}
         media_data, media = self._process_media(
             prompts, images, videos, merged["images_kwargs"], merged["videos_kwargs"]

@@ -1,4 +1,4 @@
-"""What every process of `torchrun` runs: models whose layers are shared out, asked; the first process keeps the answers.
+"""What every process of `torchrun` runs: asks models whose layers are shared out; the first one keeps the answers.
 
 Arguments: a file of requests, as `test_devices.py` writes it, and the file for the answers.
 """

@@ -162,7 +162,8 @@ def test_documented_override_builds_the_base_model_from_the_code_beside_the_weig
         f"config.update(json.loads({json.dumps(json.dumps(documented_overrides()))}))\n"
         "with torch.device('meta'):\n"
         "    model = AutoModel.from_config(config, dtype=torch.bfloat16, trust_remote_code=True)\n"
-        "print(type(model).__name__, type(model).__module__.split('.')[0], model.is_backend_compatible(), model.dtype)\n"
+        "module = type(model).__module__.split('.')[0]\n"
+        "print(type(model).__name__, module, model.is_backend_compatible(), model.dtype)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, "", "{}"], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["VilaModel", "transformers_modules", "True", "torch.bfloat16"], done.stderr
