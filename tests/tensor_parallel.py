@@ -3,6 +3,7 @@
 Arguments: a file of requests, as `test_devices.py` writes it, and the file for the answers.
 """
 
+import os
 import sys
 
 import torch
@@ -12,8 +13,7 @@ from transformers.distributed import DistributedConfig
 from vila import VilaConfig  # noqa: F401  registers the classes
 
 requests, answers = sys.argv[1:]
-dist.init_process_group("gloo")
-sharing = DistributedConfig(tp_size=dist.get_world_size())
+sharing = DistributedConfig(tp_size=int(os.environ["WORLD_SIZE"]))
 found = {}
 for name, asked in torch.load(requests, weights_only=True).items():
     model = AutoModel.from_pretrained(asked["folder"], dtype="float32", distributed_config=sharing).eval()
