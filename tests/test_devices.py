@@ -100,6 +100,7 @@ def shared_out(asked, tmp_path_factory):
     return torch.load(answers, weights_only=True)
 
 
+@pytest.mark.slow  # three processes start
 @pytest.mark.parametrize("name", [LITE, LLAMA])
 def test_two_processes_answer_like_one(name, shared_out, asked):
     folder, _, *expected = asked(name)
