@@ -229,7 +229,7 @@ class VilaMediaBlocks:
             raise ValueError("engines are given pictures only: show the frames of a video as pictures")
         found, moved = [], 0
         for match, medium in zip(re.finditer(re.escape(self.image_token), prompt), media):
-            text = self.image_token * (len(medium.block) + len(self._separator_ids) * self._has_lines(medium))
+            text = self.image_token * self._num_rows(medium)
             start, end = match.span()
             place = {"span": (start, end), "new_span": (start + moved, start + moved + len(text))}
             found.append({"type": "image", "text": match[0], "replacement": text, **place})
@@ -256,6 +256,10 @@ class VilaMediaBlocks:
             tile_ids += [row + [NOTHING] * (width - len(row)) for row in rows]
         kept = {name: value for name, value in data.items() if name != "image_grid_thw"}
         return {**kept, "image_tile_grids": grids.repeat(tiles, axis=0), "image_tile_ids": np.array(tile_ids)}
+
+    def _num_rows(self, medium: Medium) -> int:
+        """Rows that an engine gets of a picture: for its block, and for the line break behind its last tile."""
+        return len(medium.block) + (len(self._separator_ids) if self._has_lines(medium) else 0)
 
     def _has_lines(self, medium: Medium) -> bool:
         """Whether its tiles stand on lines of their own."""

@@ -385,13 +385,13 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Ids and tiles per picture of one prompt from `(height, width)` sizes; engines plan their memory with it."""
+        """Rows and tiles of pictures of `(height, width)` as engines get them, each for itself: they plan with it."""
         if image_sizes is None:
             return MultiModalData()
         images_kwargs = self._merge_kwargs(VilaProcessorKwargs, self.tokenizer.init_kwargs, **kwargs)["images_kwargs"]
-        grids = self.image_processor.tile_grids(image_sizes, **images_kwargs)
+        grids = self.image_processor.tile_grids(image_sizes, **{"tile_multiple_images": True, **images_kwargs})
         return MultiModalData(
-            num_image_tokens=[len(self.image_block(grid)) for grid in grids],
+            num_image_tokens=[self._num_rows(self._shown([grid])) for grid in grids],
             num_image_patches=[num_tiles(grid, self._dynamic_scales) for grid in grids],
         )
 

@@ -92,17 +92,14 @@ class Engine:
         (offsets,) = out["text_replacement_offsets"]
         assert [entry["type"] for entry in offsets] == ["image"] * len(images)
         plan = self.processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width) for image in images])
-        if len(images) > 1:  # pictures are planned one by one
-            plan = {"num_image_patches": [self.plan(image)["num_image_patches"][0] for image in images]}
         tiles = plan["num_image_patches"]
+        assert sum(tiles) == len(out["pixel_values"])
         tensors = {name: out[name].split(tiles) for name in out if name.startswith(("pixel", "image"))}
         ids = [
             self.processor.tokenizer(entry["replacement"], add_special_tokens=False)["input_ids"] for entry in offsets
         ]
+        assert [len(own) for own in ids] == plan["num_image_tokens"]
         return [(own, {name: tensors[name][number] for name in tensors}) for number, own in enumerate(ids)]
-
-    def plan(self, image):
-        return self.processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width)])
 
     @torch.no_grad()
     def logits(self, messages, images):
