@@ -13,11 +13,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
 from .families_vila import FAMILIES
 from .loading_vila import Checkpoint
 from .media_policy_vila import MediaPolicy
+
+logger = logging.get_logger(__name__)
 
 USER_ERRORS = (OSError, ValueError, SafetensorError)
 INTERRUPTED = 130  # as shells count: 128 and the signal's number
@@ -53,8 +56,10 @@ TYPES: dict[str, Any] = {
     "temperature": NUMBER,
     "top_p": NUMBER,
 }
-# a message's parts, and where each holds what it brings
-PARTS = {"text": ("text",), "image_url": ("image_url", "url"), "video_url": ("video_url", "url")}
+# a message's parts, and where each holds what it brings: directly, or as the URL of an object
+PARTS = {"text": "text", "image_url": "image_url", "video_url": "video_url"}
+# and those of the responses endpoint
+INPUT_PARTS = {"input_text": "text", "output_text": "text", "input_image": "image_url", "video_url": "video_url"}
 
 
 def register_with_transformers() -> None:
@@ -118,18 +123,20 @@ def build_served_app(build: Callable[..., Any], policy: MediaPolicy, context: in
     async def refuse(_request: Request, error: ValueError) -> JSONResponse:
         """A request that cannot be answered, in OpenAI's form; clients do not try it again, as they would a 500."""
         message = " ".join(str(error).split())
+        logger.warning(f"Refused a request: {message}")
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
 
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=2 * policy.max_bytes)
     return app
 
 
-def checked(validate: Callable[[dict], None], context: int) -> Callable[[dict], None]:
+def checked(validate: Callable[[dict], Any], context: int) -> Callable[[dict], Any]:
     """The server's own check of a request's body, and ours behind it."""
 
-    def validate_request(body: dict) -> None:
-        validate(body)
+    def validate_request(body: dict) -> Any:
+        validated = validate(body)
         check_request(body, context)
+        return validated
 
     return validate_request
 
@@ -151,8 +158,9 @@ def check_request(body: dict[str, Any], context: int) -> None:
     Raises:
         ValueError: in fixed words that name the field.
     """
-    if "messages" in body or not {"input", "prompt"}.intersection(body):
-        check_messages(body.get("messages"))
+    if "prompt" not in body and not isinstance(body.get("input"), str):
+        name, parts = ("input", INPUT_PARTS) if "input" in body else ("messages", PARTS)
+        check_messages(body.get(name), name, parts)
     check_names(body.get("chat_template_kwargs") or {}, MEDIA_OPTIONS, "chat_template_kwargs")
     for name, kind in TYPES.items():
         if body.get(name) is not None and not isinstance(body[name], kind):
@@ -170,30 +178,32 @@ def check_names(options: Any, known: tuple[str, ...], field: str) -> None:
         raise ValueError(f"{field} must hold nothing but {', '.join(known)}")
 
 
-def check_messages(messages: Any) -> None:
-    """See `check_request`: chat messages in OpenAI's form, with `video_url` beside `image_url`."""
+def check_messages(messages: Any, name: str, parts: dict[str, str]) -> None:
+    """See `check_request`: messages in OpenAI's form, with `video_url` beside the pictures."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError("messages must be a list of messages")
+        raise ValueError(f"{name} must be a list of messages")
     for index, message in enumerate(messages):
-        where = f"messages[{index}]"
+        where = f"{name}[{index}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where} must be an object with a role")
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list)):
             raise ValueError(f"{where}: content must be a text or a list of parts")
         for number, part in enumerate(content if isinstance(content, list) else []):
-            check_part(part, f"{where}.content[{number}]")
+            check_part(part, f"{where}.content[{number}]", parts)
 
 
-def check_part(part: Any, where: str) -> None:
+def check_part(part: Any, where: str, parts: dict[str, str]) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if not isinstance(kind, str) or kind not in PARTS:
-        raise ValueError(f"{where} must have the type {', '.join(PARTS)}")
-    value = part
-    for name in PARTS[kind]:
-        value = value.get(name) if isinstance(value, Mapping) else None
+    if not isinstance(kind, str) or kind not in parts:
+        raise ValueError(f"{where} must have the type {', '.join(parts)}")
+    name = parts[kind]
+    value = part.get(name)
+    # the server reads a picture's URL in both forms, a video's in an object alone
+    if name != "text" and (isinstance(value, Mapping) or name == "video_url"):
+        name, value = f"{name}.url", value.get("url") if isinstance(value, Mapping) else None
     if not isinstance(value, str):
-        raise ValueError(f"{where} must hold a text as {'.'.join(PARTS[kind])}")
+        raise ValueError(f"{where} must hold a text as {name}")
 
 
 def serve(model: str, options: list[str], policy: MediaPolicy) -> None:

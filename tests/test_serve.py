@@ -282,6 +282,7 @@ BAD = {
     "part": ({"messages": [user("x")]}, "must have the type"),
     "part type": ({"messages": [user({"type": "input_audio"})]}, "must have the type"),
     "no url": ({"messages": [user({"type": "image_url", "image_url": {}})]}, "image_url.url"),
+    "bare video": ({"messages": [user({"type": "video_url", "video_url": "data:"})]}, "video_url.url"),
     "no text": ({"messages": [user({"type": "text"})]}, "must hold a text"),
     "long prompt": ({"messages": [user(text("x " * 40_000))]}, "context"),
     "endless": (with_option(max_tokens=10**9), "max_tokens"),
@@ -308,6 +309,20 @@ def test_bad_request_is_told_what_is_wrong(name, served):
         served.post("/chat/completions", {"max_tokens": 4, **body})
     assert message in refused.value.message
     assert served.is_up()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([user({"type": "input_image"})], "must hold a text as image_url"),
+        ([user({"type": "input_file"})], "must have the type"),
+        ([{"type": "function_call_output"}], "must be an object with a role"),
+        ([user({"type": "input_image", "image_url": "/etc/passwd"})], "picture 0: not an"),
+    ],
+)
+def test_bad_response_is_refused_as_well(given, message, served):
+    with pytest.raises(openai.BadRequestError, match=message):
+        served.client.responses.create(model=served.model, input=given)
 
 
 def test_bad_requests_do_not_disturb_the_good_ones_beside_them(served, direct):
