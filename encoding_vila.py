@@ -18,6 +18,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_vila import VilaConfig
 from .geometry_vila import (
+    FEATURES,
+    NOTHING,
     TileGrid,
     crops_per_side,
     num_image_tokens,
@@ -44,6 +46,8 @@ class VilaMediaEncoder:
         self,
         pixel_values: torch.Tensor,
         image_grid_thw: torch.Tensor | None = None,
+        image_tile_grids: torch.Tensor | None = None,
+        image_tile_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Encodes pictures.
@@ -52,6 +56,11 @@ class VilaMediaEncoder:
             pixel_values: `(N, 3, height, width)`, the tiles of all pictures one after the other.
             image_grid_thw: `(pictures, 3)`, `(1, rows, columns)` of every picture's tile grid; by default every tile
                 is a picture of its own.
+            image_tile_grids: `(N, 3)`, the same from engines, which cut tensors into pictures by tiles: for every tile
+                the grid of its picture.
+            image_tile_ids: `(N, ids)`, what stands around the features of every tile: token ids, -2 in the features'
+                place, and -1 as filler; a tile of fillers alone stands with the one before it. The rows of a picture
+                then include the embeddings of these ids.
 
         Returns:
             Output whose `pooler_output` is a list with one `(tokens, hidden_size)` tensor per picture.
@@ -59,6 +68,8 @@ class VilaMediaEncoder:
         Raises:
             ValueError: if the grids do not add up to the number of tiles.
         """
+        if image_tile_grids is not None:
+            image_grid_thw = picture_grids(image_tile_grids, self.config.dynamic_scales)
         grids = self._tile_grids(pixel_values, image_grid_thw)
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         if self.config.dynamic_s2:
@@ -68,7 +79,20 @@ class VilaMediaEncoder:
             encoded = torch.cat([self.multi_modal_projector(self._encode_tiles(c, **kwargs)) for c in chunks])
             tiles = encoded.split([num_tiles(grid) for grid in grids])
             features = [picture.flatten(0, 1) for picture in tiles]
+        if image_tile_ids is not None:
+            counts = [num_tiles(grid, self.config.dynamic_scales) for grid in grids]
+            features = [self._surround(*pair) for pair in zip(features, image_tile_ids.split(counts))]
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+    def _surround(self, features: torch.Tensor, tile_ids: torch.Tensor) -> torch.Tensor:
+        """One picture, `(rows, H)`, with the embeddings of what stands around its tiles, see `get_image_features`."""
+        embed: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
+        rows = [row[row != NOTHING] for row in tile_ids if (row == FEATURES).any()]
+        pieces = []
+        for row, part in zip(rows, features.chunk(len(rows))):
+            place = row.tolist().index(FEATURES)
+            pieces += [embed(row[:place]), part, embed(row[place + 1 :])]
+        return torch.cat([piece.to(features.device, features.dtype) for piece in pieces])
 
     @can_return_tuple
     def get_video_features(
@@ -211,3 +235,13 @@ class VilaMediaEncoder:
         per_scale = maps_NSSD.split([split.area for split in splits])
         maps = [merge_blocks(scale_maps, split) for scale_maps, split in zip(per_scale, splits)]
         return concat_scales(maps, self.config.s2_resize_output_to_scale_idx)
+
+
+def picture_grids(tile_grids: torch.Tensor, scales: list[int] | None) -> torch.Tensor:
+    """`(tiles, 3)`, the grid of its picture for every tile -> `(pictures, 3)`."""
+    grids, tile = [], 0
+    while tile < len(tile_grids):
+        grids.append(tile_grids[tile])
+        _, rows, cols = grids[-1].tolist()
+        tile += num_tiles(TileGrid(rows, cols), scales)
+    return torch.stack(grids) if grids else tile_grids

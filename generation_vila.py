@@ -23,11 +23,13 @@ class VilaGenerationMixin(GenerationMixin):
         """`GenerationMixin.generate`; with `past_key_values` of earlier turns, their media may be passed again.
 
         A continued chat is processed as a whole, media of earlier turns included. What lies in the cache is not
-        encoded a second time.
+        encoded a second time. `tokenizer`, which `stop_strings` need, may be the processor, as servers pass it.
 
         Raises:
             ValueError: if the prompt is longer than the language model's context, or placeholders and media differ.
         """
+        if (tokenizer := kwargs.get("tokenizer")) is not None:
+            kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
         input_ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
         check_context(self.config.text_config, [input_ids, kwargs.get("inputs_embeds")], mask)
         cache, cached = kwargs.get("past_key_values"), 0

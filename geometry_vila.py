@@ -15,6 +15,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 MAX_TILES = 1024  # the time to list the candidate grids grows with its square
+# in `image_tile_ids`, which engines pass from the processor to the model: the place of a tile's features, and no id
+FEATURES, NOTHING = -2, -1
 
 
 class TileGrid(NamedTuple):

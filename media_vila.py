@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from .chat_vila import tokenize
-from .geometry_vila import TileGrid, num_image_tokens, num_tiles, pooled_frames
+from .geometry_vila import FEATURES, NOTHING, TileGrid, num_image_tokens, num_tiles, pooled_frames
 from .image_loading_vila import upright_size
 from .image_processing_vila import errors_name, group_by_conversation
 from .video_processing_vila import FramePlan, plan_frames
@@ -210,10 +210,60 @@ class VilaMediaBlocks:
         if grid.area == 1 or self._dynamic_scales:
             rows = num_image_tokens(grid, self.num_tile_tokens, self._dynamic_scales, self.s2_output_scale)
             return start + [self.image_token_id] * rows + end
-        line_break = tokenize(self.tokenizer, f"{self.image_token}\n{self.image_token}", add_special_tokens=False)
-        separator = [token for token, _ in line_break][1:-1]
         view = start + [self.image_token_id] * self.num_tile_tokens + end
-        return (view + separator) * (num_tiles(grid) - 1) + view
+        return (view + self._separator_ids) * (num_tiles(grid) - 1) + view
+
+    @property
+    def _separator_ids(self) -> list[int]:
+        """The line break between two tiles."""
+        line_break = tokenize(self.tokenizer, f"{self.image_token}\n{self.image_token}", add_special_tokens=False)
+        return [token for token, _ in line_break][1:-1]
+
+    def _replacements(self, prompt: str, media: list[Medium]) -> list[dict[str, Any]]:
+        """What stands for the pictures of one prompt: one image token for every row that the model makes of it.
+
+        Raises:
+            ValueError: if there is a video.
+        """
+        if self.video_token in prompt:
+            raise ValueError("engines are given pictures only: show the frames of a video as pictures")
+        found, moved = [], 0
+        for match, medium in zip(re.finditer(re.escape(self.image_token), prompt), media):
+            text = self.image_token * self._num_rows(medium)
+            start, end = match.span()
+            place = {"span": (start, end), "new_span": (start + moved, start + moved + len(text))}
+            found.append({"type": "image", "text": match[0], "replacement": text, **place})
+            moved += len(text) - (end - start)
+        return found
+
+    def _cut_by_tiles(self, data: dict[str, Any], media: list[Medium]) -> dict[str, Any]:
+        """The pictures' tensors in the form that an engine cuts into pictures: each with one row for every tile.
+
+        An engine puts features into prompts that it tokenized itself. What stands around them, line breaks between
+        tiles above all, would not survive as text: the model embeds it, see `image_tile_ids` of `get_image_features`.
+        Behind the last tile always stands the break that separates it from a question.
+        """
+        if "image_grid_thw" not in data:
+            return data
+        start, end = self._wrapping_ids(self.image_start_tokens), self._wrapping_ids(self.image_end_tokens)
+        width = len(start) + 1 + len(end) + len(self._separator_ids)
+        grids, tile_ids = data["image_grid_thw"], []
+        tiles = [num_tiles(TileGrid(int(rows), int(cols)), self._dynamic_scales) for _, rows, cols in grids]
+        for medium, count in zip(media, tiles):
+            has_lines = self._has_lines(medium)
+            row = [*start, FEATURES, *end, *(self._separator_ids if has_lines else [])]
+            rows = [row] * count if has_lines else [row] + [[]] * (count - 1)
+            tile_ids += [row + [NOTHING] * (width - len(row)) for row in rows]
+        kept = {name: value for name, value in data.items() if name != "image_grid_thw"}
+        return {**kept, "image_tile_grids": grids.repeat(tiles, axis=0), "image_tile_ids": np.array(tile_ids)}
+
+    def _num_rows(self, medium: Medium) -> int:
+        """Rows that an engine gets of a picture: for its block, and for the line break behind its last tile."""
+        return len(medium.block) + (len(self._separator_ids) if self._has_lines(medium) else 0)
+
+    def _has_lines(self, medium: Medium) -> bool:
+        """Whether its tiles stand on lines of their own."""
+        return medium.is_tiled and not self._dynamic_scales
 
     def _wrapping_ids(self, text: str | None) -> list[int]:
         return self.tokenizer(text)["input_ids"] if text else []

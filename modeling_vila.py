@@ -90,8 +90,8 @@ class VilaModel(VilaPreTrainedModel, VilaMediaEncoder):
         unused_layers = "|".join(
             str(i) for i in range(config.num_vision_layers, config.vision_config.num_hidden_layers)
         )
-        # what is not built, and the head where this base model is loaded alone
-        self._keys_to_ignore_on_load_unexpected = [r"vision_tower\.(post_layernorm|layernorm|head)\.", r"^lm_head\."]
+        # what is not built
+        self._keys_to_ignore_on_load_unexpected = [r"vision_tower\.(post_layernorm|layernorm|head)\."]
         if unused_layers:
             self._keys_to_ignore_on_load_unexpected += [rf"vision_tower\.encoder\.layers?\.({unused_layers})\."]
         self.post_init()

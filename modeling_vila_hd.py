@@ -63,10 +63,7 @@ class VilaHDModel(VilaHDLooking, VilaModel):
         self.vision_tower = Ps3VisionModel(config.vision_config, has_pooling=False)
         self.multi_modal_projector = VilaHDProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self._keys_to_ignore_on_load_unexpected = [
-            r"vision_tower\.trunk\.(attn_pool|norm|siglip_proj)\.",
-            r"^lm_head\.",
-        ]
+        self._keys_to_ignore_on_load_unexpected = [r"vision_tower\.trunk\.(attn_pool|norm|siglip_proj)\."]
         self.post_init()
 
     @can_return_tuple

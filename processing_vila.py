@@ -192,6 +192,8 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
             `input_ids` and `attention_mask`, `(prompts, sequence)`; with pictures, or videos shown as pictures,
             `pixel_values` and `image_grid_thw`, see `VilaImageProcessor`; with encoded videos `pixel_values_videos`,
             `(frames of all videos, 3, height, width)`, and `video_grid_thw`, `(videos, 3)`: `(frames, 1, 1)`.
+            With `return_text_replacement_offsets`, which engines ask for: the image tokens that replace each one and,
+            for `image_grid_thw`, `image_tile_grids` and `image_tile_ids`, see `get_image_features`.
 
         Raises:
             ValueError: if media and media tokens differ in number, a prompt is no text or has no tokens, an
@@ -214,6 +216,9 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         if rendered_special_tokens is not None:
             text_kwargs["add_special_tokens"] = rendered_special_tokens
 
+        for_engine = text_kwargs["return_text_replacement_offsets"] and rendered_special_tokens is None
+        if for_engine:  # which keeps what a picture becomes, to put it beside other ones
+            merged["images_kwargs"] = {"tile_multiple_images": True, **merged["images_kwargs"]}
         media_data, media = self._process_media(
             prompts, images, videos, merged["images_kwargs"], merged["videos_kwargs"]
         )
@@ -224,7 +229,10 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
             if not row.ids:
                 raise ValueError(f"prompt {number} has no tokens")
         text_data = self._batch(rows, **text_kwargs)
-        if text_kwargs["return_text_replacement_offsets"]:
+        if for_engine:
+            text_data["text_replacement_offsets"] = [self._replacements(*row) for row in zip(prompts, media)]
+            media_data = self._cut_by_tiles(media_data, [medium for row in media for medium in row])
+        elif text_kwargs["return_text_replacement_offsets"]:
             text_data["text_replacement_offsets"] = [break_offsets(prompt) for prompt in prompts]
         return BatchFeature(
             {**text_data, **media_data},
@@ -377,13 +385,13 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Ids and tiles per picture of one prompt from `(height, width)` sizes; engines plan their memory with it."""
+        """Rows and tiles of pictures of `(height, width)` as engines get them, each for itself: they plan with it."""
         if image_sizes is None:
             return MultiModalData()
         images_kwargs = self._merge_kwargs(VilaProcessorKwargs, self.tokenizer.init_kwargs, **kwargs)["images_kwargs"]
-        grids = self.image_processor.tile_grids(image_sizes, **images_kwargs)
+        grids = self.image_processor.tile_grids(image_sizes, **{"tile_multiple_images": True, **images_kwargs})
         return MultiModalData(
-            num_image_tokens=[len(self.image_block(grid)) for grid in grids],
+            num_image_tokens=[self._num_rows(self._shown([grid])) for grid in grids],
             num_image_patches=[num_tiles(grid, self._dynamic_scales) for grid in grids],
         )
 

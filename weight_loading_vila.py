@@ -72,6 +72,18 @@ class VilaCompleteLoading(PreTrainedModel):
         own = {name: options.pop(name) for name in [*options] if name in config_class.__annotations__}
         return config_class.from_pretrained(source, **hub_options, **own)
 
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """A base model is loaded from the folder of the whole: the head is no stranger there.
+
+        It is not among `_keys_to_ignore_on_load_unexpected`: by those engines, which have a head of their own, drop
+        weights.
+        """
+        if not hasattr(self, "lm_head"):
+            loading_info.unexpected_keys = {
+                name for name in loading_info.unexpected_keys if not name.startswith("lm_head.")
+            }
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """The step before transformers makes up weights: of a config of huge numbers, it would not even return."""
         super().mark_tied_weights_as_initialized(loading_info)

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.processing_utils import MultiModalData
 from vila.chat_templates_vila import named_template
 from vila.chat_vila import render
+from vila.geometry_vila import TileGrid
 from vila.image_processing_vila import VilaImageProcessor
 from vila.processing_vila import VilaProcessor
 
@@ -387,15 +388,13 @@ def test_assistant_mask_comes_as_the_asked_tensor(qwen):
 
 
 @pytest.mark.parametrize("sizes", [[WIDE], [WIDE, TALL, SMALL]], ids=["one", "three"])
-def test_token_types_and_planned_counts_agree(sizes, case):
-    """As vLLM does it: it plans from sizes, finds the ones, and cuts the flat pixels per picture."""
+def test_token_types_mark_what_stands_for_pictures(sizes, case):
     _, processor = case
-    plan = processor._get_num_multimodal_tokens(image_sizes=[(p.height, p.width) for p in sizes])
     text = "x".join([processor.image_token] * len(sizes)) + "y"
     out = processor(text=text, images=sizes, return_mm_token_type_ids=True, return_tensors="pt")
     ones = [length for value, length in runs(out["mm_token_type_ids"][0].tolist()) if value]
-    assert ones == plan["num_image_tokens"]
-    assert sum(plan["num_image_patches"]) == len(out["pixel_values"])
+    grids = [TileGrid(rows, cols) for _, rows, cols in out["image_grid_thw"].tolist()]
+    assert ones == [len(processor.image_block(grid)) for grid in grids]
     types = out["mm_token_type_ids"][0].bool()
     assert (out["input_ids"][0][~types] != processor.image_token_id).all()
 
@@ -404,11 +403,12 @@ def test_token_types_and_planned_counts_agree(sizes, case):
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=3), st.integers(1, 12))
 def test_planned_counts_are_those_of_the_pictures_really_cut(qwen, sizes, max_tiles):
     pictures = [Image.new("L", (width, height)) for height, width in sizes]
-    options = {"max_tiles": max_tiles, "tile_multiple_images": True}
-    plan = qwen._get_num_multimodal_tokens(image_sizes=sizes, **options)
-    out = qwen(text=qwen.image_token * len(sizes) + "a", images=pictures, return_mm_token_type_ids=True, **options)
-    assert sum(out["mm_token_type_ids"][0]) == sum(plan["num_image_tokens"])
-    assert len(out["pixel_values"]) == sum(plan["num_image_patches"])
+    plan = qwen._get_num_multimodal_tokens(image_sizes=sizes, max_tiles=max_tiles)
+    text = qwen.image_token * len(sizes) + "a"
+    out = qwen(text=text, images=pictures, return_text_replacement_offsets=True, max_tiles=max_tiles)
+    replacements = [entry["replacement"] for entry in out["text_replacement_offsets"][0]]
+    assert [text.count(qwen.image_token) for text in replacements] == plan["num_image_tokens"]
+    assert len(out["pixel_values"]) == len(out["image_tile_ids"]) == sum(plan["num_image_patches"])
 
 
 def test_no_sizes_plan_nothing(qwen):
