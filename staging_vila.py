@@ -176,7 +176,7 @@ def inside(folder: Path, file: Path) -> Path:
 
 
 def part_of(folder: Path, shard: Shard) -> str:
-    """The part of the original that a shard belongs to, in its sub-folder or linked beside the others; "" at the root."""
+    """The part of the original that a shard holds, in its sub-folder or linked beside the others; "" at the root."""
     for part in PART_PREFIXES:
         if shard.path.parent == folder / part or is_conversion_link(folder, shard, part):
             return part
@@ -220,7 +220,7 @@ def stage_weights(folder: Path, shards: list[Shard], staging: Path) -> None:
 
 
 def indexed(folder: Path, shards: list[Shard]) -> list[Shard]:
-    """The same files with the tensors that the index names: a conversion leaves out what the model has no place for."""
+    """The same files with the tensors that the index names: a conversion leaves out what the model does not use."""
     if not (folder / INDEX).is_file():
         return shards
     names = read_json(folder / INDEX)["weight_map"]
@@ -301,7 +301,7 @@ def reason_left_out(entry: Path) -> str:
     return "not on the list"
 
 
-# The package must not help: only the code in the folder may be used. Progress bars would hide the last line of an error.
+# The package must not help: only the code in the folder may be used. Progress bars would hide the error's last line.
 CHECK = """
 import json, sys
 class Refuse:
