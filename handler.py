@@ -6,7 +6,7 @@ import torch
 from transformers import AutoProcessor, pipeline
 
 # what a request may change, and between which values
-PARAMETERS: dict[str, tuple[type, float, float]] = {
+PARAMETERS: dict[str, tuple[Any, float, float]] = {
     "max_new_tokens": (int, 1, 2048),
     "temperature": (float, 0.01, 10.0),
     "top_p": (float, 0.01, 1.0),
@@ -29,7 +29,7 @@ class EndpointHandler:
 
     def __init__(self, path: str = ""):
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, media_policy="server")
-        self.pipeline = pipeline(
+        self.pipeline: Any = pipeline(
             "image-text-to-text",
             model=path,
             processor=processor,
@@ -87,10 +87,10 @@ def as_options(parameters: Any) -> dict[str, Any]:
         if name not in PARAMETERS:
             raise ValueError(f"an unknown parameter is given; known are {', '.join(PARAMETERS)}")
         kind, least, most = PARAMETERS[name]
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool) or not least <= value <= most:
+        number = float(value) if kind is float and type(value) is int else value
+        if type(number) is not kind or not least <= number <= most:
             raise ValueError(f"{name} must be of the type {kind.__name__}, from {least} to {most}")
-        options[name] = value
+        options[name] = number
     if {"temperature", "top_p", "top_k"} & options.keys():
         options.setdefault("do_sample", True)
     return options

@@ -84,7 +84,7 @@ def upload(
         raise ValueError(f"{repo} exists and is public: --private holds for a new repository")
     names = {file.name for file in staged.files}
     stale = [sibling.rfilename for sibling in info.siblings or [] if is_stale(sibling.rfilename, names)]
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(file.name, str(file.path)) for file in staged.files),
         *(CommitOperationDelete(name) for name in stale),
     ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 
 from .configuration_vila import first
 from .families_vila import VILA_HD, VILA_U
@@ -169,8 +170,8 @@ def option_facts(options: CardOptions, repo: str) -> dict[str, Any]:
 def card_facts(staged: Staged, config: Any, processor: Any, data: ModelCardData) -> dict[str, Any]:
     """What the template says of a checkpoint."""
     quantized, content = quantization(config), data.to_dict()
-    tokens, tiles = widest_picture(processor)
-    side = first(config.vision_config.image_size)
+    tokens, tiles_shape = widest_picture(processor)
+    side = tiles_shape[-1]
     weights = sum(shard.num_bytes for shard in staged.shards)
     is_hd = staged.family is VILA_HD
     return {
@@ -187,14 +188,14 @@ def card_facts(staged: Staged, config: Any, processor: Any, data: ModelCardData)
         "parameters": parameters(staged, quantized),
         "context": config.text_config.max_position_embeddings,
         "picture_tokens": tokens,
-        "tiles": tiles,
+        "tiles": tiles_shape[0],
         "side": side,
         "looks": getattr(config, "num_look_close", 0),
         "look_tokens": look_tokens(config) if is_hd else 0,
         "frames": processor.num_video_frames,
         "dtype": str(config.dtype).removeprefix("torch."),
         "cache_bytes": f"{kv_bytes_per_token(config):,}",
-        "memory": memory_table(config, weights, tokens, tiles * 3 * side**2 * number_bytes(config)),
+        "memory": memory_table(config, weights, tokens, math.prod(tiles_shape) * number_bytes(config)),
     }
 
 
@@ -202,10 +203,11 @@ def as_list(value: Any) -> list[str]:
     return [] if not value else [value] if isinstance(value, str) else list(value)
 
 
-def widest_picture(processor: Any) -> tuple[int, int]:
-    """Tokens and tiles of one picture at the most."""
+def widest_picture(processor: Any) -> tuple[int, torch.Size]:
+    """Tokens of one picture at the most, and the shape `(tiles, 3, side, side)` of its pixels."""
     sizes = processor._get_num_multimodal_tokens(image_sizes=[WIDEST])
-    return sizes.num_image_tokens[0], sizes.num_image_patches[0]
+    pixels = processor.image_processor(Image.new("RGB", WIDEST[::-1]), return_tensors="pt")["pixel_values"]
+    return sizes.num_image_tokens[0], pixels.shape
 
 
 def look_tokens(config: Any) -> int:

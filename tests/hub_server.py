@@ -188,8 +188,9 @@ class HubHandler(BaseHTTPRequestHandler):
             entries = [
                 {"type": "file", "path": file, "size": len(content), "oid": git_oid(content)}
                 for file, content in files.items()
+                if not match[4] or file.startswith(f"{match[4]}/")
             ]
-            return self.answer(200, entries)
+            return self.answer(200, entries) if entries else self.missing("EntryNotFound")
         siblings = [{"rfilename": file} for file in files]
         return self.answer(200, {"id": match[1], "sha": oid, "private": repository.private, "siblings": siblings})
 
