@@ -52,6 +52,8 @@ PAPERS = {
         "2210.17323",
     ),
 }
+# what `rounding_method` says -> its paper
+ROUNDING_PAPERS = {"awq": "awq", "llm-awq": "awq", "gptq": "gptq"}
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,7 @@ def model_card(staged: Staged, repo: str, options: CardOptions, previous: str | 
         ValueError: if a licence, or the base model of an int4 checkpoint, is neither given nor in `previous`, or
             `previous` has no readable front matter.
     """
-    config = staged.family.config_class.from_pretrained(staged.folder)
-    processor: Any = staged.family.processor_class.from_pretrained(staged.folder, trust_remote_code=False)
+    config, processor = load_parts(staged)
     known = ModelCardData() if previous is None else read_card(previous).data
     data = card_data(staged, config, options, known)
     if previous is not None and not options.new_card:
@@ -97,6 +98,19 @@ def model_card(staged: Staged, repo: str, options: CardOptions, previous: str | 
     return ModelCard.from_template(
         data, template_path=str(TEMPLATE), repo=repo, **facts, **option_facts(options, repo)
     )
+
+
+def load_parts(staged: Staged) -> tuple[Any, Any]:
+    """Config and processor.
+
+    Raises:
+        ValueError: if a file of theirs is damaged.
+    """
+    try:
+        config = staged.family.config_class.from_pretrained(staged.folder)
+        return config, staged.family.processor_class.from_pretrained(staged.folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"config or processor do not load: {' '.join(str(error).split())}") from error
 
 
 def read_card(text: str) -> ModelCard:
@@ -123,7 +137,7 @@ def card_data(staged: Staged, config: Any, options: CardOptions, known: Any) -> 
     tags = ["custom_code", "vila", staged.family.model_type.replace("_", "-")]
     if quantized is not None:
         content["base_model_relation"] = "quantized"
-        tags += ["awq", "4-bit"]
+        tags += ["awq", "4-bit"] + ["gptq"] * (rounding_method(staged) == "gptq")
         if not content.get("base_model"):
             raise ValueError("an int4 checkpoint needs --base-model, the Hub id of what was quantised")
     content["tags"] = list(dict.fromkeys([*(content.get("tags") or []), *tags]))
@@ -171,9 +185,9 @@ def card_facts(staged: Staged, config: Any, processor: Any, data: ModelCardData)
     """What the template says of a checkpoint."""
     quantized, content = quantization(config), data.to_dict()
     tokens, tiles_shape = widest_picture(processor)
+    looks, look = (config.num_look_close, look_tokens(config)) if staged.family is VILA_HD else (0, 0)
     side = tiles_shape[-1]
     weights = sum(shard.num_bytes for shard in staged.shards)
-    is_hd = staged.family is VILA_HD
     return {
         "kind": staged.family.model_type,
         "architecture": staged.family.model_class.__name__,
@@ -190,12 +204,12 @@ def card_facts(staged: Staged, config: Any, processor: Any, data: ModelCardData)
         "picture_tokens": tokens,
         "tiles": tiles_shape[0],
         "side": side,
-        "looks": getattr(config, "num_look_close", 0),
-        "look_tokens": look_tokens(config) if is_hd else 0,
+        "looks": looks,
+        "look_tokens": look,
         "frames": processor.num_video_frames,
         "dtype": str(config.dtype).removeprefix("torch."),
         "cache_bytes": f"{kv_bytes_per_token(config):,}",
-        "memory": memory_table(config, weights, tokens, math.prod(tiles_shape) * number_bytes(config)),
+        "memory": memory_table(config, weights, tokens + looks * look, math.prod(tiles_shape) * number_bytes(config)),
     }
 
 
@@ -262,15 +276,16 @@ def papers(config: Any, processor: Any, staged: Staged) -> list[dict[str, str]]:
     if config.text_config.max_position_embeddings > LONG_CONTEXT:
         keys.append("longvila")
     keys += ["ps3"] * (staged.family is VILA_HD) + ["vila-u"] * (staged.family is VILA_U)
-    if quantization(config) is not None:
-        keys += [method for method in ("awq", "gptq") if method == rounding_method(staged)]
+    if quantization(config) is not None and (method := rounding_method(staged)) in ROUNDING_PAPERS:
+        keys.append(ROUNDING_PAPERS[method])
     return [dict(zip(("title", "author", "eprint"), PAPERS[key]), key=key) for key in keys]
 
 
 def rounding_method(staged: Staged) -> str:
     """How the weights were rounded, as `python -m vila.quantize` reports it; the stored format is AWQ's either way."""
-    report = staged.folder / "quantization_report.json"
-    return str(read_json(report).get("method", "awq")) if report.is_file() else "awq"
+    path = staged.folder / "quantization_report.json"
+    report = read_json(path) if path.is_file() else {}
+    return "llm-awq" if "llm_awq" in report else str(report.get("method", "unknown"))
 
 
 def parts(config: Any) -> list[tuple[str, str]]:
@@ -279,7 +294,8 @@ def parts(config: Any) -> list[tuple[str, str]]:
     merges = config.downsample_factor
     projector = f"`{config.projector_type}`" + (f", merges {merges} x {merges} patches" if merges > 1 else "")
     tower = f"`{vision.model_type}`, {vision.hidden_size} wide, {vision.num_hidden_layers} layers, "
-    tower += f"{first(vision.image_size)} pixels a side, patches of {first(vision.patch_size)}"
+    scales = getattr(vision, "ps3_scales", None) or [first(vision.image_size)]
+    tower += f"{', '.join(map(str, scales))} pixels a side, patches of {first(vision.patch_size)}"
     language = f"`{text.model_type}`, {text.hidden_size} wide, {text.num_hidden_layers} layers, "
     language += f"{text.num_attention_heads} heads, vocabulary of {text.vocab_size:,}"
     described = [("vision tower", tower), ("projector", projector), ("language model", language)]
@@ -290,8 +306,10 @@ def parts(config: Any) -> list[tuple[str, str]]:
 
 
 def parameters(staged: Staged, quantized: dict[str, Any] | None) -> str:
+    if quantized is not None:
+        return "those of what it was made from"
     numbers = sum(math.prod(shape) for shard in staged.shards for shape in shard.shapes.values())
-    return "see what it was made from" if quantized is not None else f"{numbers / 1e6:,.0f} million"
+    return f"{numbers / 1e9:.3g} billion" if numbers >= 1e9 else f"{numbers / 1e6:.3g} million"
 
 
 __all__ = ["CardOptions", "is_llama3_card", "kv_bytes_per_token", "memory_table", "model_card"]

@@ -24,6 +24,8 @@ from .weight_names_vila import PART_PREFIXES
 
 CARD = "README.md"
 HANDLER = "handler.py"
+# as it is called where "LICENSE" is that of the weights
+CODE_LICENCE = "LICENSE-CODE"
 # what Inference Endpoints install beside their own transformers
 REQUIREMENTS = "requirements.txt"
 REQUIREMENTS_TEXT = "transformers>=5.23\nav\n"
@@ -125,6 +127,7 @@ def check_source(folder: Path) -> dict[str, Any]:
 
 def stage_files(folder: Path, staging: Path) -> Staged:
     family = family_of(read_json(folder / "config.json"))
+    check_index(folder)
     shards = find_shards(folder)  # refuses pickles and what is missing, before anything is written
     check_links(folder, shards)
     reasons = {}
@@ -138,8 +141,10 @@ def stage_files(folder: Path, staging: Path) -> Staged:
     use_own_code(staging, family)
     reasons |= {file.name: "module that auto_map reaches" for file in staging.glob("*.py")}
     shutil.copy(Path(__file__).with_name(HANDLER), staging)
+    shutil.copy(Path(__file__).with_name("LICENSE"), staging / CODE_LICENCE)
     (staging / REQUIREMENTS).write_text(REQUIREMENTS_TEXT, encoding="utf-8")
     reasons |= {HANDLER: "entry of Inference Endpoints", REQUIREMENTS: "what they install"}
+    reasons[CODE_LICENCE] = "licence of the modules"
     stage_weights(folder, shards, staging)
     staged_shards = find_shards(staging)
     reasons |= {shard.path.name: "weights" for shard in staged_shards}
@@ -186,6 +191,13 @@ def part_of(folder: Path, shard: Shard) -> str:
 def is_conversion_link(folder: Path, shard: Shard, part: str) -> bool:
     """Whether it is a link as `vila-convert` makes them, to weights that stayed where they were."""
     return shard.path.parent == folder and shard.path.name.startswith(f"{part}-")
+
+
+def check_index(folder: Path) -> None:
+    if (folder / INDEX).is_file():
+        names = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{INDEX} does not say which weight lies in which file")
 
 
 def check_links(folder: Path, shards: list[Shard]) -> None:

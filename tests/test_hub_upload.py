@@ -27,6 +27,7 @@ from vila.conversion_vila import convert
 from vila.hub_upload import explain, main, prepare, upload
 from vila.model_card_vila import CardOptions
 from vila.staging_vila import check_loads, stage
+from vila.weight_files_vila import INDEX
 
 NANO = REPOSITORY / "checkpoints" / "vila-nano"
 GOLDEN = COMMITTED_GOLDENS / "vila" / "nvila_lite_image" / "checkpoint"
@@ -106,7 +107,7 @@ def run_command(hub, home, *arguments, **environment):
 def test_a_folder_is_staged_with_exactly_what_it_needs(staged):
     assert {name for name in names(staged) if name.endswith(".py")} == MODULES | {"handler.py"}
     assert names(staged) - MODULES == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "handler.py",
+        "LICENSE-CODE", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "handler.py",
         "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors",
         "model.safetensors.index.json", "processor_config.json", "requirements.txt", "tokenizer.json",
         "tokenizer_config.json",
@@ -237,6 +238,13 @@ REFUSED = {
         "no readable safetensors",
     ),
     "broken JSON": (lambda source: (source / "processor_config.json").write_text("{"), "processor_config.json"),
+    "a broken index": (lambda source: (source / INDEX).write_text('{"weight_map": 3}'), "does not say which weight"),
+    "an index that leads out": (
+        lambda source: (source / INDEX).write_text(
+            '{"weight_map": {"a": "../tiny/model-00001-of-00003.safetensors"}}'
+        ),
+        "in a folder that is no part of a VILA",
+    ),
     "a link to a secret": (lambda source: replace_by_link(source, "config.json", "/etc/passwd"), "config.json"),
     "a linked licence": (lambda source: (source / "LICENSE").symlink_to("/etc/passwd"), "LICENSE is a link out of"),
     "a link to nowhere": (
@@ -262,6 +270,14 @@ def test_what_would_not_load_or_does_not_belong_there_is_refused(case, tmp_path)
     source, staging = broken(tmp_path, change)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         stage(source, staging)
+
+
+def test_a_damaged_tokenizer_is_refused_with_one_line(tmp_path, command, capsys):
+    source = in_three_files(tmp_path / "tiny")
+    (source / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(SystemExit, match="config or processor do not load") as ended:
+        command(source, REPO, "--dry-run", "--license", "mit")
+    assert "\n" not in ended.value.code
 
 
 def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs(tmp_path):

@@ -1,7 +1,9 @@
 """Model cards: front matter of every kind, facts that are measured, and snippets that run as they stand."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -82,7 +84,7 @@ def test_every_card_has_the_sections_and_says_both_licences(staged, kind):
         "Use", "Model details", "Architecture", "Input", "Output", "Memory", "Intended use",
         "Training and evaluation data", "Hardware", "Limits", "Ethical considerations", "Citation",
     ]  # fmt: skip
-    assert "weights: cc-by-nc-4.0; code in this repository: Apache-2.0" in text
+    assert "weights: cc-by-nc-4.0; code in this repository: [Apache-2.0](LICENSE-CODE)" in text
     assert "hosted inference does not run code of a\nrepository" in text
     assert f"https://huggingface.co/{REPO}/blob/main/handler.py" in text
     assert "{{" not in text and "{%" not in text and "None" not in text
@@ -93,6 +95,29 @@ def test_a_llama_3_says_what_it_was_built_with(staged):
     for kind, expected in {"llama3": True, "vila15": False, "nano": False}.items():
         text = str(model_card(staged(kind), REPO, NVILA))
         assert ("Built with Meta Llama 3" in text) is expected
+
+
+def test_the_name_that_the_licence_of_llama_3_wants_is_asked_for(tmp_path):
+    source = COMMITTED_GOLDENS / GOLDENS["llama3"] / "checkpoint"
+    staged = prepare(source, REPO, tmp_path, NVILA)
+    (note,) = notes(staged, REPO)
+    assert 'begin with "Llama-3"' in note
+    assert notes(staged, "org/Llama-3-VILA") == []
+
+
+def test_rounding_is_described_as_its_report_says(staged, tmp_path):
+    folder = staged("int4").folder
+    found = []
+    for report in ({"method": "gptq"}, {"llm_awq": "file.pt"}, {"method": "awq"}):
+        (tmp_path / str(len(found))).mkdir()
+        shutil.copytree(folder, tmp_path / str(len(found)), dirs_exist_ok=True)
+        (tmp_path / str(len(found)) / "quantization_report.json").write_text(json.dumps(report))
+        found.append(str(model_card(staged("int4")._replace(folder=tmp_path / str(len(found))), REPO, NVILA)))
+    gptq, llm_awq, awq = found
+    assert "2210.17323" in gptq and "2306.00978" not in gptq and "- gptq" in gptq
+    assert "2306.00978" in llm_awq and "calibration data" not in llm_awq
+    assert "2306.00978" in awq and "Rounding looked at calibration data" in awq
+    assert all("rounded to 4 bits" in text for text in found)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +234,28 @@ def test_the_memory_table_is_what_a_prompt_takes(staged, kind):
     for written, found in zip(sizes, [*expected, sum(expected)]):
         # three digits; the tower's weights that are not used are stored all the same
         assert written == pytest.approx(found / 1e9, rel=0.06)
+
+
+def test_the_looks_of_a_vila_hd_are_counted(staged):
+    folder = staged("vila_hd").folder
+    model = AutoModel.from_pretrained(folder, dtype="auto").eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image", "image": Image.linear_gradient("L").convert("RGB")}, {"type": "text", "text": "x"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    lengths = []
+    for looks in (0, 1):
+        with torch.no_grad():
+            output = model(**inputs, num_look_close=looks, use_cache=True)
+        lengths.append(output.past_key_values.get_seq_length())
+    text = str(model_card(staged("vila_hd"), REPO, NVILA))
+    per_picture, per_look = map(
+        int, re.search(r"takes up to (\d+) tokens, and a look up to (\d+) more", text).groups()
+    )
+    assert 0 < lengths[1] - lengths[0] <= per_look
+    tokens, pictures = re.findall(r"^\| ([\d,]+) \| (\d+) ", text, re.MULTILINE)[-1]
+    assert int(pictures) == int(tokens.replace(",", "")) // (per_picture + model.config.num_look_close * per_look)
 
 
 def test_contexts_beyond_the_models_own_are_not_listed(staged):
