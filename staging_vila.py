@@ -96,6 +96,7 @@ def stage(source: str | Path, staging: Path) -> Staged:
     folder = Path(source)
     root = check_source(folder)
     if "text_config" not in root:
+        check_room(sum(file.stat().st_size for file in folder.rglob("*.safetensors")), staging)
         converted = staging / "converted"
         convert(folder, converted, copy=True)
         for file in converted.iterdir():
@@ -222,13 +223,17 @@ def stage_weights(folder: Path, shards: list[Shard], staging: Path) -> None:
         if (folder / INDEX).is_file():
             shutil.copyfile(inside(folder, folder / INDEX), staging / INDEX)
         return
-    needed, free = sum(shard.num_bytes for shard in shards), shutil.disk_usage(staging).free
+    check_room(sum(shard.num_bytes for shard in shards), staging)
+    copy_to_root(parts, staging)
+
+
+def check_room(needed: int, staging: Path) -> None:
+    free = shutil.disk_usage(staging).free
     if needed > free:
         raise OSError(
             f"the weights have to be rewritten as root shards: {needed / 1e9:.1f} GB, but {staging.parent} has "
             f"{free / 1e9:.1f} GB left"
         )
-    copy_to_root(parts, staging)
 
 
 def indexed(folder: Path, shards: list[Shard]) -> list[Shard]:

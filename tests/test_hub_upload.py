@@ -22,6 +22,7 @@ from hub_server import OWNER, TOKEN, HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
 from vila import hub_upload, staging_vila
 from vila.conversion_vila import convert
 from vila.hub_upload import explain, main, prepare, upload
@@ -174,6 +175,22 @@ def test_weights_in_other_layouts_become_root_shards(layout, tmp_path):
     assert {path.name for path in staged.folder.iterdir()} == names(staged)
 
 
+@pytest.mark.parametrize("original_names", [True, False])
+def test_a_saved_model_is_staged_as_it_was_saved(original_names, tmp_path):
+    model, processor = AutoModel.from_pretrained(NANO), AutoProcessor.from_pretrained(NANO)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    saved = tmp_path / "tuned"
+    model.save_pretrained(saved, save_original_format=original_names, max_shard_size="4MB")
+    processor.save_pretrained(saved)
+    (saved / "training_args.bin").write_bytes(b"x")
+    (tmp_path / "staging").mkdir()
+    staged = stage(saved, tmp_path / "staging")
+    assert len(staged.shards) > 1 and "training_args.bin" in staged.left_out
+    again = AutoModel.from_pretrained(staged.folder).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_root_shards_are_sent_from_where_they_lie(staged, sharded):
     weights = [file for file in staged.files if file.reason == "weights"]
     assert [file.path for file in weights] == sorted(sharded.glob("*.safetensors"))
@@ -309,14 +326,15 @@ def test_weights_that_lack_a_tensor_are_refused_by_loading_them(tmp_path):
         check_loads(stage(source, tmp_path / "staging").folder)
 
 
-def test_no_room_for_rewritten_weights_is_told_before_they_are_written(tmp_path, monkeypatch):
-    source = convert(GOLDEN, tmp_path / "converted")
+@pytest.mark.parametrize("converted", [True, False])
+def test_no_room_for_rewritten_weights_is_told_before_they_are_written(converted, tmp_path, monkeypatch):
+    source = convert(GOLDEN, tmp_path / "converted") if converted else GOLDEN
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(staging_vila.shutil, "disk_usage", lambda path: usage)
     (tmp_path / "staging").mkdir()
     with pytest.raises(OSError, match="rewritten as root shards"):
         stage(source, tmp_path / "staging")
-    assert not list((tmp_path / "staging").glob("*.safetensors"))
+    assert not list((tmp_path / "staging").rglob("*.safetensors"))
 
 
 # -------------------------------------------------------------------------------------------------------- the Hub
@@ -453,6 +471,36 @@ def test_a_wrong_token_ends_with_one_line(hub, command, sharded, monkeypatch):
     assert not hub.repositories
 
 
+def test_what_a_killed_run_left_is_removed_and_a_second_run_at_once_is_refused(hub, command, sharded, monkeypatch):
+    seen = []
+
+    def prepare_and_look(source, repo, staging, *others):
+        seen.append([path.name for path in staging.iterdir()])
+        with pytest.raises(ValueError, match=r"another process is uploading .*tiny to org/tiny"):
+            hub_upload.staging_folder(source, repo).__enter__()
+        raise ValueError("stopped here")
+
+    monkeypatch.setattr(hub_upload, "prepare", prepare_and_look)
+    with hub_upload.staging_folder(sharded, REPO) as staging:
+        pass
+    staging.mkdir()
+    (staging / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(SystemExit, match="stopped here"):
+        command(sharded, REPO, "--dry-run", "--license", "mit")
+    assert seen == [[]] and not staging.exists()
+
+
+def test_an_interrupted_command_ends_quietly(command, sharded, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub_upload, "check_loads", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        command(sharded, REPO, "--dry-run", "--license", "mit")
+    assert ended.value.code == hub_upload.INTERRUPTED
+    assert capsys.readouterr().err.endswith("stopped; the same command goes on where it was\n")
+
+
 def test_a_card_that_was_edited_on_the_hub_stays(hub, command, sharded):
     command(sharded, REPO, "--license", "mit")
     edited = hub.files(REPO)["README.md"].replace(b"# tiny", b"# Better words")
@@ -467,14 +515,14 @@ def test_a_killed_upload_goes_on_and_a_stranger_can_use_the_repository(hub, shar
     hub.hold = 1
     arguments = (sharded, REPO, "--license", "cc-by-nc-4.0")
     process = run_command(hub, tmp_path / "home", *arguments)
-    assert hub.held.wait(120), process.communicate(timeout=60)[1]
+    assert hub.held.wait(300), process.communicate(timeout=60)[1]
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(hub.puts) == 1 and len(hub.repositories[REPO].branches["main"]) == 1
     hub.hold = None
 
     process = run_command(hub, tmp_path / "home", *arguments)
-    written, errors = process.communicate(timeout=120)
+    written, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert len(hub.puts) == len(set(hub.puts)) == 3
     oid = hub.repositories[REPO].branches["main"][-1][0]

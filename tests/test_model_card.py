@@ -163,6 +163,13 @@ license: apache-2.0
 pipeline_tag: text-generation
 tags: [mine]
 model_name: Mine
+inference: false
+model-index:
+- name: Mine
+  results:
+  - task: {type: visual-question-answering}
+    dataset: {name: Own, type: org/own}
+    metrics: [{type: accuracy, value: 0.5}]
 ---
 
 # My words
@@ -174,7 +181,8 @@ def test_a_written_card_keeps_its_words_and_gets_right_front_matter(staged):
     assert str(card).endswith("# My words\n")
     data = ModelCard(str(card)).data
     assert (data.license, data.pipeline_tag, data.library_name) == ("apache-2.0", "image-text-to-text", "transformers")
-    assert data.model_name == "Mine" and data.tags[:2] == ["mine", "custom_code"]
+    assert data.model_name == "Mine" and data.tags[:2] == ["mine", "custom_code"] and data.inference is False
+    assert [result.metric_value for result in data.eval_results] == [0.5]
     again = model_card(staged("nano"), REPO, CardOptions(), str(card))
     assert str(again) == str(card)
 
