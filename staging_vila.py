@@ -96,6 +96,7 @@ def stage(source: str | Path, staging: Path) -> Staged:
     folder = Path(source)
     root = check_source(folder)
     if "text_config" not in root:
+        check_original_links(folder)
         check_room(sum(file.stat().st_size for file in folder.rglob("*.safetensors")), staging)
         converted = staging / "converted"
         convert(folder, converted, copy=True)
@@ -176,9 +177,16 @@ def inside(folder: Path, file: Path) -> Path:
     real = file.resolve()
     if not real.is_relative_to(home):
         raise ValueError(f"{file.name} is a link out of {folder}: put the file itself there, or remove it")
-    if not real.is_file():
-        raise FileNotFoundError(f"{file.name} is a link that leads to no file")
+    if not real.exists():
+        raise FileNotFoundError(f"{file.name} is a link that leads nowhere")
     return real
+
+
+def check_original_links(folder: Path) -> None:
+    """Refuses an original whose files lead out of it; weights may, which are read as such and rewritten."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_symlink() and file.suffix != ".safetensors":
+            inside(folder, file)
 
 
 def part_of(folder: Path, shard: Shard) -> str:

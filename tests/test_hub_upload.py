@@ -266,7 +266,7 @@ REFUSED = {
     "a linked licence": (lambda source: (source / "LICENSE").symlink_to("/etc/passwd"), "LICENSE is a link out of"),
     "a link to nowhere": (
         lambda source: (source / "LICENSE").symlink_to("gone"),
-        "LICENSE is a link that leads to no",
+        "LICENSE is a link that leads nowhere",
     ),
     "weights elsewhere": (
         lambda source: replace_by_link(source, "model-00003-of-00003.safetensors", NANO / "model.safetensors"),
@@ -287,6 +287,20 @@ def test_what_would_not_load_or_does_not_belong_there_is_refused(case, tmp_path)
     source, staging = broken(tmp_path, change)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         stage(source, staging)
+
+
+def test_an_original_does_not_take_a_secret_along(tmp_path):
+    source = shutil.copytree(GOLDEN, tmp_path / "source")
+    (tmp_path / "secret").write_text("secret")
+    (source / "llm" / "tokenizer.model").symlink_to(tmp_path / "secret")
+    (tmp_path / "staging").mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer\.model is a link out of"):
+        stage(source, tmp_path / "staging")
+    (source / "llm" / "tokenizer.model").unlink()
+    (source / "llm").rename(tmp_path / "elsewhere")
+    (source / "llm").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="llm is a link out of"):
+        stage(source, tmp_path / "staging")
 
 
 def test_a_damaged_tokenizer_is_refused_with_one_line(tmp_path, command, capsys):
