@@ -315,6 +315,8 @@ def describe_left_out(folder: Path, weights: set[str], staged: Staged) -> dict[s
 
 
 def reason_left_out(entry: Path) -> str:
+    if entry.name in PART_PREFIXES:
+        return "what is needed of it is rewritten at the root"
     if entry.is_dir():
         return "a folder: what engines read lies at the root"
     if entry.suffix.lower() in PICKLES:

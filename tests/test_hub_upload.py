@@ -171,6 +171,8 @@ def test_weights_in_other_layouts_become_root_shards(layout, tmp_path):
     direct = convert(GOLDEN, tmp_path / "direct", copy=True)
     expected = {name: tensor for path in direct.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert whole.keys() == expected.keys()
+    assert ("llm/" in staged.left_out) is (layout != "linked")
+    assert all("rewritten" in staged.left_out.get(f"{part}/", "rewritten") for part in staging_vila.PART_PREFIXES)
     assert all(torch.equal(whole[name], expected[name]) for name in whole)
     assert {path.name for path in staged.folder.iterdir()} == names(staged)
 
