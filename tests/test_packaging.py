@@ -31,7 +31,9 @@ def test_wheel_is_complete_and_converts_without_the_clone(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
-    assert "vila/chat_templates/vicuna_v1.jinja" in names
+    assert {"vila/chat_templates/vicuna_v1.jinja", "vila/model_cards/model_card.md.jinja", "vila/LICENSE"} <= set(
+        names
+    )
     modules = {f"vila/{path.name}" for path in REPOSITORY.glob("*.py")}
     assert modules <= set(names)
     assert not [name for name in names if "tests/" in name or "examples/" in name]
