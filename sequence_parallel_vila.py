@@ -1,16 +1,17 @@
 """Sequence parallelism: one long row over several processes, for training, for prefill and for decoding.
 
-- Attention by exchanging heads for tokens (DeepSpeed-Ulysses, arXiv:2309.14509): every process has all tokens of some
-  heads while it attends, and all heads of some tokens otherwise. Packed rows are attended to one by one.
-- Tiles and frames are encoded where `sequence_sharding_vila.py` puts them; each row then moves once, with its gradient,
-  to the process that holds its token.
+- Attention by exchanging heads for tokens (DeepSpeed-Ulysses, arXiv:2309.14509): every process has all tokens of
+  some heads while it attends, and all heads of some tokens otherwise. Packed rows are attended to one by one.
+- Tiles and frames are encoded where `sequence_sharding_vila.py` puts them; each row then moves once, with its
+  gradient, to the process that holds its token.
 - While decoding, keys and values stay where prefill put them; each process attends to its own, and softmax sums are
   added up.
 - Weights and gradients are left to DDP, FSDP or ZeRO, to which these are data-parallel processes like any others.
 
-Why the layer between torch's collectives and transformers' attention interface is ours: DeepSpeed's `UlyssesSPAttentionHF`
-takes no cache, refuses groups that do not divide the key heads (the release trains 4 of them on 14 processes), mixes
-packed rows under `sdpa` and compiles an extension before it runs on a CPU; accelerate's loader for it refuses pixels.
+Why the layer between torch's collectives and transformers' attention interface is ours: DeepSpeed's
+`UlyssesSPAttentionHF` takes no cache, refuses groups that do not go with the key heads (the release has 4 of them in
+groups of 14), mixes packed rows under `sdpa`, and compiles an extension before it runs on a CPU; the loader that comes
+with it refuses pixels.
 """
 
 import functools
@@ -82,7 +83,7 @@ class SequenceParallel:
         AttentionInterface.register(attention, self.attend)
         self.language_model.set_attn_implementation(attention)
         self._forward = model.forward
-        model.forward = functools.wraps(self._forward)(functools.partial(self.forward))  # type: ignore[method-assign]
+        model.forward = functools.wraps(self._forward)(functools.partial(self.forward))
 
     def stop(self) -> None:
         """The model takes whole batches again."""
@@ -126,7 +127,7 @@ class SequenceParallel:
         return self._forward(**kwargs, sequence_rows=shard.row_lengths)
 
     def check_same_batch(self, shard: Shard) -> None:
-        """Raises in all processes alike if they do not hold parts of the same batch, before they wait for each other."""
+        """Raises in all processes alike if they do not hold parts of the same batch."""
         own = torch.tensor([shard.fingerprint, shard.length, shard.rank], device=self.model.device)
         if len({tuple(item[:2].tolist()) for item in self.gather(own)}) > 1:
             raise ValueError(
@@ -153,7 +154,7 @@ class SequenceParallel:
             What the model takes as `mm_encoder_outputs`; every `pooler_output` holds one `(rows, hidden_size)`.
         """
         encoder = self.model.model
-        dtype = self.model.get_input_embeddings().weight.dtype
+        dtype: Any = self.model.get_input_embeddings().weight.dtype
         parts: list[torch.Tensor] = []
         for modality, (values, grid) in MEDIA_INPUTS.items():
             if pixels.get(values) is not None:
@@ -337,7 +338,8 @@ def share_cache(cache: Any, prompt: int, rank: int, size: int) -> None:
         raise ValueError("sequence parallelism takes language models with full attention in every layer")
     cache.layers = [SharedLayer(prompt, rank, size) for _ in cache.layers]
     if not cache.layers:
-        cache.layer_class_to_replicate = functools.partial(SharedLayer, prompt, rank, size)
+        layer: Any = functools.partial(SharedLayer, prompt, rank, size)
+        cache.layer_class_to_replicate = layer
 
 
 __all__ = ["SequenceParallel"]

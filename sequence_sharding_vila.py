@@ -1,7 +1,7 @@
 """One batch over several processes: which ids, labels, tiles and frames each of them takes. Plain arithmetic.
 
-- A batch is packed: one row of ids in which positions that restart at 0 begin another conversation. Every process takes
-  an equal run of it, and keeps its labels aligned with its logits: `shift_labels`.
+- A batch is packed: one row of ids in which positions that restart at 0 begin another conversation. Every process
+  takes an equal run of it, and keeps its labels aligned with its logits: `shift_labels`.
 - Tiles and frames are divided on their own, evenly, wherever their tokens lie: encoding is what costs.
 - Nothing here communicates: all processes of a group read the same rows and each keeps its own part.
 
@@ -12,16 +12,14 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Sampler
 
-from .configuration_vila import VilaConfig
 from .geometry_vila import TileGrid, num_image_tokens, num_tiles, pooled_frames
-from .training_vila import IGNORED, MEDIA, Row, VilaDataCollator
+from .training_vila import IGNORED, MEDIA, Row
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Shard:
         """
         behind_pictures = sum(pictures for pictures, _ in self.placeholders)
         ranges = []
-        for modality, medium, units in runs_of(self.units[rank]):
+        for modality, _, units in runs_of(self.units[rank]):
             offset = behind_pictures if modality == "video" else 0
             # one video is pooled way by way: all its units of the first way come before those of the second
             for way in range(len(units[0].rows)):
@@ -101,7 +99,7 @@ class BatchSharder:
     """Whole batches -> the part of one process.
 
     Args:
-        config: of the model; decides how many rows a picture or a video has.
+        config: `VilaConfig` of the model; decides how many rows a picture or a video has.
         size: processes that share a batch.
         rank: which of them this is.
 
@@ -109,7 +107,7 @@ class BatchSharder:
         ValueError: for another family, or a rank outside of the group.
     """
 
-    def __init__(self, config: VilaConfig, size: int, rank: int):
+    def __init__(self, config: Any, size: int, rank: int):
         if config.model_type != "vila":
             raise ValueError(f"sequence parallelism is for VILA, NVILA and LongVILA, not for {config.model_type}")
         if not 0 <= rank < size:
@@ -192,9 +190,10 @@ class BatchSharder:
                 raise ValueError(f"a batch with {pixels} needs {grid}")
             first = 0
             for medium, (frames, rows, cols) in enumerate(batch[grid].tolist()):
-                of_medium = self.image_units if modality == "image" else self.video_units
-                size = TileGrid(rows, cols) if modality == "image" else frames
-                units += of_medium(medium, size, first)  # type: ignore[operator]
+                if modality == "image":
+                    units += self.image_units(medium, TileGrid(rows, cols), first)
+                else:
+                    units += self.video_units(medium, frames, first)
                 first = units[-1].rows[-1][1] if units else first
             tiles = sum(unit.tiles for unit in units if unit.modality == modality)
             if tiles != len(batch[pixels]):
@@ -214,7 +213,7 @@ class BatchSharder:
 
     def video_units(self, medium: int, frames: int, first: int) -> list[Unit]:
         """As few frames as no pooling reaches across."""
-        side, pools = math.isqrt(self.config.num_tile_tokens), self.config.video_pool_sizes or [(1, 1, 1)]
+        side, pools = math.isqrt(self.config.num_tile_tokens), self.config.video_pool_sizes or [[1, 1, 1]]
         together, ways = math.lcm(*(time for time, _, _ in pools)), pooled_frames(frames, side, pools)
         offsets = list(accumulate((math.prod(way) for way in ways), initial=first))
         units = []
@@ -256,7 +255,7 @@ def row_lengths(position_ids: torch.Tensor) -> tuple[int, ...]:
     """Lengths of the conversations packed into `(1, sequence)` positions: another begins where they do not go on."""
     positions = position_ids[0].cpu()
     starts = [0, *((positions[1:] - positions[:-1] != 1).nonzero().flatten() + 1).tolist(), len(positions)]
-    return tuple(end - start for start, end in zip(starts, starts[1:]))
+    return tuple(end - start for start, end in pairwise(starts))
 
 
 def pad_packed(batch: Row, multiple: int, pad_token_id: int) -> Row:
@@ -273,61 +272,4 @@ def pad_packed(batch: Row, multiple: int, pad_token_id: int) -> Row:
     }
 
 
-class ShardingCollator:
-    """`VilaDataCollator` for processes that share their rows: the part of this process of every batch.
-
-    Args:
-        collator: packs; `VilaDataCollator(processor, packing=True)`.
-        sharder: `SequenceParallel.sharder`.
-
-    Raises:
-        ValueError: if the collator does not pack.
-    """
-
-    def __init__(self, collator: VilaDataCollator, sharder: BatchSharder):
-        if not collator.packing:
-            raise ValueError("sequence parallelism takes packed rows: VilaDataCollator(processor, packing=True)")
-        self.collator, self.sharder = collator, sharder
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Rows of a batch, the same in all processes of the group -> see `BatchSharder`."""
-        pad_token_id = self.collator.processor.tokenizer.pad_token_id
-        return self.sharder(pad_packed(self.collator(rows), self.sharder.size, pad_token_id))
-
-
-class RepeatingSampler(Sampler[int]):
-    """Every batch of another sampler `times` times, so that neighbouring processes get the same one.
-
-    accelerate deals out batches to processes in turn: process `r` gets those with the numbers `r`, `r + processes`, ...
-    """
-
-    def __init__(self, sampler: Sampler[int], batch_size: int, times: int):
-        self.sampler, self.batch_size, self.times = sampler, batch_size, times
-
-    @property
-    def generator(self) -> Any:
-        return getattr(self.sampler, "generator", None)
-
-    @generator.setter
-    def generator(self, generator: Any) -> None:
-        self.sampler.generator = generator  # type: ignore[attr-defined]
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        """A batch that is not full at the end is left out: its repetitions would not line up with the processes."""
-        return len(self.sampler) // self.batch_size * self.batch_size * self.times  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[int]:
-        batch: list[int] = []
-        for index in self.sampler:
-            batch.append(index)
-            if len(batch) == self.batch_size:
-                for _ in range(self.times):
-                    yield from batch
-                batch = []
-
-
-__all__ = ["BatchSharder", "RepeatingSampler", "Shard", "ShardingCollator", "pad_packed"]
+__all__ = ["BatchSharder", "Shard", "pad_packed"]

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.data_loader import SeedableRandomSampler
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer, TrainingArguments
 from vila.sequence_parallel_vila import SequenceParallel
-from vila.sequence_sharding_vila import ShardingCollator
+from vila.sequence_training_vila import SequenceParallelTrainer, ShardingCollator
 from vila.training_vila import VilaDataCollator, train_only
 
 NANO = Path(__file__).resolve().parents[1] / "checkpoints" / "vila-nano"
@@ -119,6 +120,45 @@ def training(rank, size, folder):
     return found
 
 
+class OneProcess(Trainer):
+    """In the order of `SequenceParallelTrainer`."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SeedableRandomSampler(self.train_dataset, data_seed=self.args.seed)
+
+
+def trainer(rank, size, folder):
+    """Three steps of four processes in two groups, or of one with twice as many passes per step."""
+    collator, model = VilaDataCollator(AutoProcessor.from_pretrained(NANO), packing=True), tiny()
+    rows = [row for batch in ("everything", "one tile", "videos") for row in BATCHES[batch]]
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=2 if size > 1 else 4,
+        max_steps=3,
+        learning_rate=1e-2,
+        optim="sgd",
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=1,
+    )
+    options = {"train_dataset": rows[:8], "eval_dataset": rows[:4], "data_collator": collator}
+    if size > 1:
+        parallel = SequenceParallel(model, size=2, timeout=TIMEOUT)
+        runner = SequenceParallelTrainer(model, arguments, sequence_parallel=parallel, **options)
+    else:
+        runner = OneProcess(model, arguments, **options)
+    runner.train()
+    losses = [entry["loss"] for entry in runner.state.log_history if "loss" in entry]
+    weights = [float(weight.detach().double().norm()) for weight in model.parameters()]
+    return {"losses": losses, "evaluated": runner.evaluate()["eval_loss"], "weights": weights}
+
+
 def question(processor, *contents):
     messages = []
     for content in contents:
@@ -126,7 +166,12 @@ def question(processor, *contents):
         content = [{"type": "text", "text": content}] if role == "assistant" else list(content)
         messages.append({"role": role, "content": content})
     return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", num_frames=24
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_frames": 24},
     )
 
 
@@ -141,10 +186,10 @@ def inference(rank, size, folder):
     """A question about a video and one more, by one process and by all."""
     processor, model = AutoProcessor.from_pretrained(NANO), tiny(key_heads=2).eval()
     model.generation_config.eos_token_id = None
-    text = {"type": "text", "text": "What is it?"}
+    text = {"type": "text", "text": "What is it, and why?"}
     turn = [*[{"type": "video", "video": frames(24)}], text]
     first = question(processor, turn)
-    second = question(processor, turn, "A cat.", [{"type": "text", "text": "Are you sure about that?"}])
+    second = question(processor, turn, "A cat.", [{"type": "text", "text": "Are you sure?"}])
     ids, logits, cache = answer(model, first)
     again, more_logits, _ = answer(model, second, past_key_values=copy.deepcopy(cache))
     parallel, encoded = SequenceParallel(model, timeout=TIMEOUT), []
@@ -198,6 +243,7 @@ def lost(rank, size, folder, sleep):
 SCENARIOS = {
     "training": training,
     "inference": inference,
+    "trainer": trainer,
     "different_batches": different_batches,
     "dies": lambda *args: lost(*args, sleep=0),
     "hangs": lambda *args: lost(*args, sleep=25),
@@ -206,6 +252,8 @@ SCENARIOS = {
 
 def work(rank, size, names, folder):
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # asked for, but the store is a file
     limit = timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=limit)
     try:
