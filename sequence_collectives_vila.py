@@ -125,21 +125,23 @@ def attend_to_shares(
     Returns:
         `(1, tokens, heads, channels)`.
     """
-    heads, tokens, channels = query.shape[1:]
-    key, value = (states[0].repeat_interleave(heads // key.shape[1], dim=0).float() for states in (key, value))
-    sums, largest = [], []
-    seen = key.shape[1] - new_tokens
-    for start in range(0, tokens, QUERIES_AT_A_TIME):
-        some = query[0, :, start : start + QUERIES_AT_A_TIME].float()
-        scores = some @ key.transpose(1, 2) * scale
+    heads, _, channels = query.shape[1:]
+    key, value, key_heads = key[0], value[0], key.shape[1]
+    sums, largest, seen = [], [], key.shape[1] - new_tokens
+    # the heads that share a key head are rows of one product
+    for some in query[0].unflatten(0, (key_heads, -1)).split(QUERIES_AT_A_TIME, dim=2):
+        start, count = sum(part.shape[1] for part in sums), some.shape[2]
+        scores = (some.flatten(1, 2) @ key.transpose(1, 2)).float().unflatten(1, (-1, count)) * scale
         if new_tokens:
-            positions = torch.arange(start, start + some.shape[1], device=query.device).unsqueeze(1)
+            positions = torch.arange(start, start + count, device=query.device).unsqueeze(1)
             future = torch.arange(key.shape[1], device=query.device) - seen > positions
             scores = scores.masked_fill(future, -torch.inf)
-        lowest = scores.new_full((heads, some.shape[1], 1), torch.finfo(torch.float32).min)
+        scores = scores.flatten(0, 1)
+        lowest = scores.new_full((heads, count, 1), torch.finfo(torch.float32).min)
         highest = torch.cat([scores, lowest], dim=-1).amax(-1, keepdim=True)
         weights = (scores - highest).exp()
-        sums.append(torch.cat([weights @ value, weights.sum(-1, keepdim=True)], dim=-1))
+        weighted = weights.to(value.dtype).unflatten(0, (key_heads, -1)).flatten(1, 2) @ value
+        sums.append(torch.cat([weighted.float().reshape(heads, count, -1), weights.sum(-1, keepdim=True)], dim=-1))
         largest.append(highest)
     total, own_highest = torch.cat(sums, dim=1), torch.cat(largest, dim=1)
     highest = own_highest.clone()

@@ -18,7 +18,9 @@ from drawing import COLOURS, SIDE, Thing, draw_thing, jitter
 from episodes import Block, Message, text_block, video_block
 from phrasings import ask
 from PIL import Image, ImageDraw
-from vocabulary import Split, draw_pair
+from vocabulary import SHAPES, Split, draw_pair
+
+__all__ = ["COLOURS", "SHAPES", "LongTexts", "Needles", "needle"]
 
 # different empty frames of a video, and things that appear in it
 GROUNDS, THINGS = 16, 4

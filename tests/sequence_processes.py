@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.data_loader import SeedableRandomSampler
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer, TrainingArguments
 from vila.sequence_parallel_vila import SequenceParallel
 from vila.sequence_training_vila import SequenceParallelTrainer, ShardingCollator
@@ -189,7 +191,17 @@ def inference(rank, size, folder):
     text = {"type": "text", "text": "What is it, and why?"}
     turn = [*[{"type": "video", "video": frames(24)}], text]
     first = question(processor, turn)
-    second = question(processor, turn, "A cat.", [{"type": "text", "text": "Are you sure?"}])
+    second = question(
+        processor,
+        turn,
+        "A cat.",
+        [
+            {
+                "type": "text",
+                "text": "Are you sure? Tell me which colour the thing has, and how many of them there are in all.",
+            }
+        ],
+    )
     ids, logits, cache = answer(model, first)
     again, more_logits, _ = answer(model, second, past_key_values=copy.deepcopy(cache))
     parallel, encoded = SequenceParallel(model, timeout=TIMEOUT), []
@@ -210,6 +222,28 @@ def inference(rank, size, folder):
         "keys": [int(n) for n in parallel.gather(keys)],
         "prompt": first["input_ids"].shape[1],
         "largest": float(logits.abs().max()),
+    }
+
+
+def tensor_parallel(rank, size, folder):
+    """Two groups of weights, each over two parts of the prompt, against one process."""
+    processor, model = AutoProcessor.from_pretrained(NANO), tiny().eval()
+    inputs = question(processor, [{"type": "video", "video": frames(6)}, {"type": "text", "text": "What is it?"}])
+    ids, logits, _ = answer(model, inputs)
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("sequence", "tensor"))
+    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    language_model = model.model.language_model
+    plan = {name: styles[style]() for name, style in language_model.config.base_model_tp_plan.items()}
+    parallelize_module(language_model, mesh["tensor"], plan)
+    heads = language_model.layers[0].self_attn.q_proj.weight.to_local().shape[0]
+    parallel = SequenceParallel(model, group=mesh["sequence"].get_group())
+    own_ids, own_logits, cache = answer(model, parallel.prepare(**inputs))
+    return {
+        "ids": torch.equal(own_ids, ids),
+        "logits": float((own_logits - logits).abs().max()),
+        "query channels": heads,
+        "cache": list(cache.layers[0].keys.shape),
+        "prompt": inputs["input_ids"].shape[1],
     }
 
 
@@ -243,6 +277,7 @@ def lost(rank, size, folder, sleep):
 SCENARIOS = {
     "training": training,
     "inference": inference,
+    "tensor_parallel": tensor_parallel,
     "trainer": trainer,
     "different_batches": different_batches,
     "dies": lambda *args: lost(*args, sleep=0),

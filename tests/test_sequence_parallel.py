@@ -27,7 +27,7 @@ SIZES = [2, 4]
 RUNS = {
     1: ("trainer",),
     2: ("training", "inference", "different_batches", "dies"),
-    4: ("training", "inference", "different_batches", "trainer", "hangs"),
+    4: ("training", "inference", "tensor_parallel", "different_batches", "trainer", "hangs"),
 }
 
 
@@ -99,6 +99,13 @@ def test_frames_and_cache_are_divided(size):
     assert result["encoded"] == [24 // size] * size
     per_process = -(-result["prompt"] // size)
     assert result["keys"][:-1] == [per_process] * (size - 1)
+
+
+def test_weights_and_prompt_are_divided_at_the_same_time():
+    result = found(4, "tensor_parallel")
+    assert result["ids"] and result["logits"] < TOLERANCE
+    # half of the query heads, half of the key heads, half of the prompt
+    assert result["query channels"] == 24 and result["cache"] == [1, 1, -(-result["prompt"] // 2), 12]
 
 
 def test_trainer_in_groups_learns_what_it_learns_in_one_process():
