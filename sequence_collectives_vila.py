@@ -127,7 +127,8 @@ def attend_to_shares(
     """
     heads, _, channels = query.shape[1:]
     key, value, key_heads = key[0], value[0], key.shape[1]
-    sums, largest, seen = [], [], key.shape[1] - new_tokens
+    sums, largest = list[torch.Tensor](), list[torch.Tensor]()
+    seen = key.shape[1] - new_tokens
     # the heads that share a key head are rows of one product
     for some in query[0].unflatten(0, (key_heads, -1)).split(QUERIES_AT_A_TIME, dim=2):
         start, count = sum(part.shape[1] for part in sums), some.shape[2]
