@@ -17,13 +17,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.data_loader import SeedableRandomSampler
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer, TrainingArguments
 from vila.sequence_parallel_vila import SequenceParallel
 from vila.sequence_training_vila import SequenceParallelTrainer, ShardingCollator
-from vila.training_vila import VilaDataCollator, train_only
+from vila.training_vila import LORA_TARGETS, VilaDataCollator, train_only
 
 NANO = Path(__file__).resolve().parents[1] / "checkpoints" / "vila-nano"
 TIMEOUT = 60
@@ -119,6 +121,39 @@ def training(rank, size, folder):
             "tiles": [int(count) for count in parallel.gather(tiles)],
             "after": float((after - expected_loss).abs()),
         }
+    return found
+
+
+def adapted(model):
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=LORA_TARGETS))
+
+
+def wrapped(rank, size, folder):
+    """Gradients under FSDP, and of adapters, against one process."""
+    collator, found = VilaDataCollator(AutoProcessor.from_pretrained(NANO), packing=True), {}
+    for name, wrap in (
+        ("fsdp", lambda model: [fully_shard(model), model][1]),
+        ("adapters", adapted),
+    ):
+        for rows in ("everything", "one tile"):
+            whole_model = wrap(tiny()) if name == "adapters" else tiny()
+            expected_loss, expected = loss_and_gradients(whole_model.train(), collator(BATCHES[rows]))
+            model = tiny()
+            parallel = SequenceParallel(model, timeout=TIMEOUT)
+            model = wrap(model).train()
+            part = ShardingCollator(collator, parallel.sharder)(BATCHES[rows])
+            loss, gradients = loss_and_gradients(model, part)
+            if name == "fsdp":
+                gradients = [gradient.full_tensor() for gradient in gradients]
+            else:
+                gradients = [torch.stack(parallel.gather(gradient)).mean(0) for gradient in gradients]
+            mean_loss = torch.stack(parallel.gather(loss)).mean()
+            found[f"{name}/{rows}"] = {
+                "loss": float((mean_loss - expected_loss).abs()),
+                "gradients": difference(gradients, expected),
+                "largest": max(float(gradient.abs().max()) for gradient in expected),
+            }
     return found
 
 
@@ -279,6 +314,7 @@ SCENARIOS = {
     "inference": inference,
     "tensor_parallel": tensor_parallel,
     "trainer": trainer,
+    "wrapped": wrapped,
     "different_batches": different_batches,
     "dies": lambda *args: lost(*args, sleep=0),
     "hangs": lambda *args: lost(*args, sleep=25),

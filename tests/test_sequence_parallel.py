@@ -26,7 +26,7 @@ SIZES = [2, 4]
 # what is run in as many processes, in one go; the last takes a process away
 RUNS = {
     1: ("trainer",),
-    2: ("training", "inference", "different_batches", "dies"),
+    2: ("training", "inference", "wrapped", "different_batches", "dies"),
     4: ("training", "inference", "tensor_parallel", "different_batches", "trainer", "hangs"),
 }
 
@@ -106,6 +106,13 @@ def test_weights_and_prompt_are_divided_at_the_same_time():
     assert result["ids"] and result["logits"] < TOLERANCE
     # half of the query heads, half of the key heads, half of the prompt
     assert result["query channels"] == 24 and result["cache"] == [1, 1, -(-result["prompt"] // 2), 12]
+
+
+def test_sharded_weights_and_adapters_get_the_gradients_of_one_process():
+    results = found(2, "wrapped")
+    assert list(results) == ["fsdp/everything", "fsdp/one tile", "adapters/everything", "adapters/one tile"]
+    for result in results.values():
+        assert result["loss"] < TOLERANCE and result["gradients"] < TOLERANCE < result["largest"] / 100
 
 
 def test_trainer_in_groups_learns_what_it_learns_in_one_process():
