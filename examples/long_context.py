@@ -191,15 +191,23 @@ def main(arguments: list[str]) -> None:
     rows = rows_of(stage, options, training.seed)
     model = AutoModel.from_pretrained(options.model, config=config, trust_remote_code=True, dtype=options.dtype)
     trainer = make_trainer(model, training, stage, options, processor, rows)
+    if stage.adapters and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(f"{options.preset} trains adapters and merges them, which takes whole weights: without FSDP")
     last = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last)
+    save(trainer, processor, stage, final)
+
+
+def save(trainer: Trainer, processor: Any, stage: Stage, folder: Path) -> None:
+    """The whole model with its code, adapters merged; all processes call it, for they may hold a part each."""
+    if not stage.adapters:
+        trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        whole = trainer.accelerator.unwrap_model(trainer.model)
-        whole = whole.merge_and_unload() if stage.adapters else whole
-        whole.save_pretrained(final)
-        processor.save_pretrained(final)
-        VILA.copy_code(final)
-        sys.stdout.write(f"{final}\n")
+        if stage.adapters:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+        processor.save_pretrained(folder)
+        VILA.copy_code(folder)
+        sys.stdout.write(f"{folder}\n")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     if options.draw:
-        runs = {folder.name: read(folder / ANSWERS) for folder in options.draw}
+        names = [folder.name for folder in options.draw]
+        if len(set(names)) < len(names):
+            names = list(map(str, options.draw))
+        runs = {name: read(folder / ANSWERS) for name, folder in zip(names, options.draw)}
         if empty := [name for name, answers in runs.items() if not answers]:
             raise ValueError(f"there are no answers in {', '.join(empty)}")
         draw(runs, options.output)

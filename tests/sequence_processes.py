@@ -295,7 +295,7 @@ def different_batches(rank, size, folder):
 def lost(rank, size, folder, sleep):
     """The last process ends, or sleeps, after a step; what do the others say, and when?"""
     model = tiny().train()
-    parallel = SequenceParallel(model, timeout=5)
+    parallel = SequenceParallel(model, timeout=8)
     collator = ShardingCollator(VilaDataCollator(AutoProcessor.from_pretrained(NANO), packing=True), parallel.sharder)
     part = collator(BATCHES["one tile"])
     model(**part).loss.backward()
@@ -317,7 +317,7 @@ SCENARIOS = {
     "wrapped": wrapped,
     "different_batches": different_batches,
     "dies": lambda *args: lost(*args, sleep=0),
-    "hangs": lambda *args: lost(*args, sleep=25),
+    "hangs": lambda *args: lost(*args, sleep=30),
 }
 
 
