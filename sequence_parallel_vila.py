@@ -54,7 +54,7 @@ class SequenceParallel:
         model: a `VilaForConditionalGeneration`, before it is wrapped (DDP, FSDP, PEFT). Changed in place.
         size: processes that share a row; by default all. Neighbours by rank form a group.
         group: the group itself, if it exists already: with tensor parallelism that of another mesh dimension.
-        timeout: seconds after which waiting for a process of the group is an error.
+        timeout: seconds after which waiting for a process of the group is an error; a `group` has its own.
 
     Attributes:
         sharder: cuts batches, see `BatchSharder`.
@@ -129,13 +129,14 @@ class SequenceParallel:
     def check_same_batch(self, shard: Shard) -> None:
         """Raises in all processes alike if they do not hold parts of the same batch."""
         own = torch.tensor([shard.fingerprint, shard.length, shard.rank], device=self.model.device)
-        if len({tuple(item[:2].tolist()) for item in self.gather(own)}) > 1:
+        found = torch.stack(self.gather(own)).tolist()
+        if len({(fingerprint, length) for fingerprint, length, _ in found}) > 1:
             raise ValueError(
                 "the processes of a group hold different batches: all of them must read the same rows "
                 "(SequenceParallelTrainer sees to that)"
             )
-        if shard.size != self.size or shard.rank != self.rank:
-            raise ValueError("this part of a batch was made for another process: use SequenceParallel.sharder")
+        if [rank for _, _, rank in found] != list(range(self.size)):
+            raise ValueError("these parts of a batch were made for other processes: use SequenceParallel.sharder")
 
     def gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         gathered = [torch.empty_like(own) for _ in range(self.size)]
@@ -186,7 +187,8 @@ class SequenceParallel:
     def prepare(self, **inputs: Any) -> dict[str, Any]:
         """What the processor returns -> what `generate()` takes, with the frames encoded by all processes together.
 
-        Without it, `generate()` gives the same answer, but every process encodes all frames.
+        Without it, `generate()` gives the same answer, but every process encodes all frames. For the first question of
+        a chat; media of later ones go to `generate()` as they are.
 
         Args:
             inputs: `input_ids`, `(1, sequence)`, and the tensors of its media; the same in all processes.

@@ -239,18 +239,23 @@ def inference(rank, size, folder):
     )
     ids, logits, cache = answer(model, first)
     again, more_logits, _ = answer(model, second, past_key_values=copy.deepcopy(cache))
+    # of nine ids over four processes the last gets none
+    short = {"input_ids": torch.arange(5, 14).unsqueeze(0)}
+    _, short_logits, _ = answer(model, short)
     parallel, encoded = SequenceParallel(model, timeout=TIMEOUT), []
     model.model.vision_tower.register_forward_hook(lambda _, inputs, output: encoded.append(len(output[0])))
     own_ids, own_logits, own_cache = answer(model, parallel.prepare(**first))
     own_encoded = sum(encoded)
     own_again, own_more, _ = answer(model, second, past_key_values=own_cache)
     whole_ids, whole_logits, _ = answer(model, first)
+    _, own_short, _ = answer(model, parallel.prepare(**short))
     keys = torch.tensor(own_cache.layers[0].keys.shape[2])
     return {
         "logits": float((own_logits - logits).abs().max()),
         "ids": torch.equal(own_ids, ids),
         "more logits": float((own_more - more_logits).abs().max()),
         "more ids": torch.equal(own_again, again),
+        "short": float((own_short - short_logits).abs().max()),
         "unprepared": float((whole_logits - logits).abs().max()),
         "unprepared ids": torch.equal(whole_ids, ids),
         "encoded": [int(n) for n in parallel.gather(torch.tensor(own_encoded))],

@@ -90,6 +90,7 @@ def test_generation_over_several_processes_is_that_of_one(size):
     assert result["ids"] and result["logits"] < TOLERANCE < result["largest"] / 1000
     assert result["more ids"] and result["more logits"] < TOLERANCE
     assert result["unprepared ids"] and result["unprepared"] < TOLERANCE
+    assert result["short"] < TOLERANCE
     assert result["prompt"] % size, "the prompt should not divide by the group"
 
 
