@@ -1,0 +1,179 @@
+"""The long-context recipe and the needle grid, as commands."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import REPOSITORY
+
+EXAMPLES = REPOSITORY / "examples"
+NANO = REPOSITORY / "checkpoints" / "vila-nano"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """`examples/long_context.py` as a module; its neighbours are found beside it, as when it runs as a command."""
+    before, others = list(sys.path), {name: sys.modules.pop(name, None) for name in ("train", "haystack")}
+    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "nano")]
+    spec = importlib.util.spec_from_file_location("long_context", EXAMPLES / "long_context.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["long_context"] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+    for name, other in others.items():
+        sys.modules.pop(name, None)
+        if other is not None:
+            sys.modules[name] = other
+
+
+def run(script, *arguments, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), EXAMPLES / script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def steps_of(text):
+    return [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", text)]
+
+
+def test_presets_are_those_of_the_release(recipe):
+    stages = recipe.STAGES
+    extensions = {name[16:]: stage for name, stage in stages.items() if name.startswith("longvila/extend-")}
+    assert {n: (s.max_length, s.rope_theta, s.steps) for n, s in extensions.items()} == {
+        "64k": (131072, 15_300_000, 40),
+        "256k": (262144, 207_112_184, 80),
+        "512k": (524288, 1_062_356_830, 80),
+        "1m": (1048576, 3_580_165_449, 50),
+    }
+    assert all(s.adapters and s.learning_rate == 2e-5 and "constant" in s.schedule for s in extensions.values())
+    videos = {stage.num_frames: stage for name, stage in stages.items() if name.startswith("longvila/sft-")}
+    assert {n: (s.max_length, s.learning_rate, s.sequence_parallel, s.fps) for n, s in videos.items()} == {
+        256: (131072, 2e-5, 14, 2.0),
+        512: (262144, 5e-5, 14, 2.0),
+        1024: (262144, 5e-5, 28, 2.0),
+        2048: (524288, 5e-5, 28, 2.0),
+    }
+    assert not any(stage.adapters for stage in videos.values())
+
+
+def config(context, base):
+    text = SimpleNamespace(
+        max_position_embeddings=context, rope_parameters={"rope_theta": base, "rope_type": "default"}
+    )
+    return SimpleNamespace(text_config=text)
+
+
+def test_extension_sets_context_and_base(recipe):
+    extended = config(8192, 500_000.0)
+    recipe.set_context(extended, recipe.STAGES["longvila/extend-64k"])
+    assert extended.text_config.max_position_embeddings == 131072
+    assert extended.text_config.rope_parameters == {"rope_theta": 15_300_000.0, "rope_type": "default"}
+    recipe.set_context(extended, recipe.STAGES["longvila/sft-256"])
+    assert extended.text_config.rope_parameters["rope_theta"] == 15_300_000.0
+
+
+@pytest.mark.parametrize(
+    ("context", "base", "stage", "message"),
+    [
+        (524288, 1e9, "longvila/extend-256k", "262144, the model one of 524288"),
+        (8192, 1e9, "longvila/extend-256k", "rope base of 2.07112e\\+08, the model one of 1e\\+09"),
+        (8192, 5e5, "longvila/sft-512", "extend it first .*longvila/extend-256k"),
+    ],
+)
+def test_stage_that_contradicts_the_model_is_refused(recipe, context, base, stage, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.set_context(config(context, base), recipe.STAGES[stage])
+
+
+@pytest.mark.parametrize(("depth", "first"), [(0, 0), (0.5, 16), (1, 30)])
+def test_needle_appears_at_its_depth(recipe, depth, first):
+    haystack = sys.modules["haystack"]
+    messages, answer = haystack.needle("seed", 32, depth)
+    video, question = messages[0]["content"]
+    frames = [frame.tobytes() for frame in video["video"]]
+    # an empty frame comes again after sixteen others
+    shown = {i for i, frame in enumerate(frames) if frames.count(frame) == 1 and frames[(i + 16) % 32] != frame}
+    assert len(frames) == 32 and {first, first + 1} <= shown
+    assert answer in haystack.COLOURS and any(shape in question["text"] for shape in haystack.SHAPES)
+    with pytest.raises(ValueError, match="16 frames"):
+        haystack.needle("seed", 8, depth)
+
+
+def test_training_rows_ask_for_everything_that_appears(recipe):
+    rows = sys.modules["haystack"].Needles(rows=5, max_frames=64)
+    assert len(rows) == 5
+    for number in range(5):
+        messages = rows[number]["messages"]
+        assert 16 <= len(messages[0]["content"][0]["video"]) <= 64
+        answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
+        assert len(set(answers)) == 4
+        assert [m["content"][-1] for m in rows[number]["messages"]] == [m["content"][-1] for m in messages]
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """vila-nano after one step of the first stage, stopped and continued to a second."""
+    folder = tmp_path_factory.mktemp("recipe") / "extended"
+    options = ["--preset", "nano/extend", "--model", NANO, "--output", folder, "--rows", 2]
+    options += ["--gradient_accumulation_steps", 1, "--save_steps", 1, "--data", folder.parent / "rows.jsonl"]
+    row = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]}
+    (folder.parent / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    done = [run("long_context.py", *options, "--max_steps", steps) for steps in (1, 2)]
+    return folder / "final", done
+
+
+def test_extension_goes_on_where_it_was_stopped_and_saves_a_whole_model(extended):
+    folder, (first, second) = extended
+    assert first.returncode == 0 == second.returncode, first.stderr[-2000:] + second.stderr[-2000:]
+    assert len(steps_of(first.stdout)) == 1 == len(steps_of(second.stdout))
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    assert text["max_position_embeddings"] == 12288 and text["rope_parameters"]["rope_theta"] == 250_000
+    assert not list(folder.glob("adapter*")) and (folder / "modeling_vila.py").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_share_long_videos_and_find_needles(extended, tmp_path):
+    options = ["--preset", "nano/long", "--model", extended[0], "--output", tmp_path / "long", "--rows", 2]
+    options += ["--num_frames", 16, "--gradient_accumulation_steps", 1, "--max_steps", 2, "--sequence_parallel", 2]
+    done = run("long_context.py", *options, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(steps_of(done.stdout)) == 2
+    processor = json.loads((tmp_path / "long" / "final" / "processor_config.json").read_text())
+    assert processor["num_video_frames"] == 16
+
+    grid = ["--model", tmp_path / "long" / "final", "--frames", 16, "--depths", 2, "--trials", 1, "--output"]
+    assert run("needle.py", *grid, tmp_path / "two", processes=2).returncode == 0
+    assert run("needle.py", *grid, tmp_path / "one").returncode == 0
+    answers = [(tmp_path / name / "needle.jsonl").read_text() for name in ("one", "two")]
+    assert answers[0] == answers[1] and len(answers[0].splitlines()) == 2
+    # what was asked is not asked again, and a line that was cut off is
+    (tmp_path / "one" / "needle.jsonl").write_text(answers[0][:-40])
+    again = run("needle.py", *grid, tmp_path / "one")
+    assert again.returncode == 0 and "/1 " in again.stderr
+    both = run("needle.py", "--draw", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "both.png")
+    assert both.returncode == 0 and (tmp_path / "both.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("long_context.py", ["--preset", "nano/long"], "extend it first"),
+        ("long_context.py", ["--preset", "nano/short", "--sequence_parallel", 2], "torchrun"),
+        ("needle.py", ["--frames", 8], "16 frames"),
+    ],
+)
+def test_what_cannot_work_is_one_line(script, arguments, message, tmp_path):
+    done = run(script, "--model", NANO, "--output", tmp_path, *arguments)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
