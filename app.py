@@ -20,6 +20,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
+from PIL import Image, ImageOps
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers.utils import logging
+
 FOLDER = Path(__file__).resolve().parent
 if not __package__:  # run as a script: this folder, whatever its name, is the package (PEP 366)
     spec: Any = importlib.util.spec_from_file_location(
@@ -28,11 +33,6 @@ if not __package__:  # run as a script: this folder, whatever its name, is the p
     sys.modules["vila"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["vila"])
     __package__ = "vila"
-
-import torch
-from PIL import Image, ImageOps
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-from transformers.utils import logging
 
 from .generation_vila_u import VilaUPictureStreamer
 from .image_loading_vila import open_image
@@ -136,22 +136,30 @@ class Demo:
 
         try:
             chat += to_chat(history, message)
-            duration = clip_duration([block for turn in chat for block in turn["content"]], self.processor)
             text = ""
             async with aclosing(self.run(generate, streamer.text_queue, stopped)) as pieces:
                 async for piece in pieces:
                     text += piece
-                    if text.strip():
-                        yield shown(text if duration is None else self.processor.decode_times(text, duration))
+                    # a page that is slower than the model shows the latest words
+                    if text.strip() and streamer.text_queue.empty():
+                        yield shown(text)
             if not text.strip():
-                yield shown(failure("Empty answer", "The model ended its answer before the first word."))
-            elif self.looks:
-                yield shown(text)
+                yield shown(failure("Not answered", "The model ended its answer before the first word."))
+            else:
+                duration = clip_duration([block for turn in chat for block in turn["content"]], self.processor)
+                yield shown(text if duration is None else self.processor.decode_times(text, duration))
         except Exception as error:
-            yield shown(failure(type(error).__name__, explain(error)))
+            yield shown(failure(f"Not answered: {type(error).__name__}", explain(error)))
 
     def encode(self, chat: list[Message]) -> Any:
-        """A chat as arguments of `generate()`."""
+        """A chat as arguments of `generate()`.
+
+        Raises:
+            ValueError: if the media policy refuses a file, or it is no longer there.
+        """
+        for block in [block for turn in chat for block in turn["content"] if block["type"] != "text"]:
+            if self.policy.readable_file(block["path"]) is None:
+                raise ValueError(f"{Path(block['path']).name} is no longer on the server: upload it again.")
         return self.processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
@@ -167,22 +175,24 @@ class Demo:
         return drawn
 
     async def draw(
-        self, prompt: str, negative: str, mode: str, count: float, frames: float, guidance: float, seed: float | None
+        self, prompt: str, negative: str, mode: str, count: float, frames: float, guidance: float, seed: str
     ) -> AsyncIterator[tuple[list[Image.Image], str | None]]:
         """Yields the pictures, or of a video the frame, that are being drawn; at last all, and the video's file."""
         stopped, pieces, drawn = threading.Event(), SimpleQueue[Any](), []
+        generator = torch.Generator(self.model.device)
+        generator.manual_seed(parse_seed(seed)) if seed.strip() else generator.seed()
 
         def show(pixels: torch.Tensor) -> None:
             if stopped.is_set():
                 raise Stopped
-            pieces.put(self.processor.post_process_multimodal_output(pixels, generation_mode="image"))
+            # gradio names files by their content: one that comes again would be rewritten while it is fetched
+            if pixels.shape[-2] < pixels.shape[-1]:
+                pieces.put(self.processor.post_process_multimodal_output(pixels, generation_mode="image"))
 
         def generate() -> None:
             inputs = self.processor(
                 text=[prompt], negative_text=negative or None, generation_mode=mode, return_tensors="pt"
             )
-            generator = torch.Generator(self.model.device)
-            generator.seed() if seed is None else generator.manual_seed(int(seed))
             output = self.model.generate(
                 **inputs.to(self.model.device),
                 generation_mode=mode,
@@ -196,7 +206,8 @@ class Demo:
 
         async with aclosing(self.run(generate, pieces, stopped)) as shown:
             async for pictures in shown:
-                yield pictures, None
+                if pieces.empty():
+                    yield pictures, None
         if mode == "image":
             yield drawn, None
             return
@@ -211,6 +222,12 @@ def sampling(temperature: float) -> dict[str, Any]:
     if temperature:
         return {"do_sample": True, "temperature": float(temperature)}
     return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def parse_seed(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) >= 2**63:
+        raise ValueError("The seed must be a whole number of at least 0.")
+    return int(text)
 
 
 def failure(title: str, text: str) -> Message:
@@ -299,8 +316,15 @@ def chat_area(demo: Demo) -> None:
     if demo.looks:
         looks = demo.model.config.num_look_close
         settings.append(gr.Slider(0, MAX_LOOKS, looks, step=1, label="Close looks at every picture", render=False))
-        outputs.append(gr.Gallery(label="Where it looked closely", object_fit="contain", height=320, render=False))
-    chatbot = gr.Chatbot(show_label=False, height=520, editable="all", feedback_options=None, buttons=["copy"])
+        outputs.append(gr.Gallery(label="Where it looked closely", object_fit="contain", height=260, render=False))
+    chatbot = gr.Chatbot(
+        show_label=False,
+        height=520,
+        editable="all",
+        feedback_options=None,
+        buttons=["copy"],
+        placeholder="Add pictures or a video, and ask.",
+    )
     chat = gr.ChatInterface(
         demo.answer,
         multimodal=True,
@@ -313,42 +337,51 @@ def chat_area(demo: Demo) -> None:
             stop_btn=True,
         ),
         additional_inputs=settings,
-        additional_inputs_accordion=gr.Accordion("Settings", open=False),
+        additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         additional_outputs=outputs,
     )
-    chatbot.edit(lambda edited: edited, chatbot, chat.chatbot_state, api_visibility="private", queue=False)
+    chatbot.edit(keep, chatbot, chat.chatbot_state, api_visibility="private", queue=False)
     for output in outputs:
         output.render()
-    examples = read_examples()
-    if examples:
+    if examples := read_examples():
+        titles = list(examples)
         dataset = gr.Dataset(
-            components=["multimodaltextbox"],
-            samples=[[question] for _, question in examples],
-            label="Examples: chats with a question to send",
+            components=["textbox"],
+            samples=[[title] for title in titles],
+            label="Examples: questions to send, one behind a chat that teaches",
             type="index",
         )
         dataset.click(
-            examples.__getitem__, dataset, [chat.chatbot_value, chat.textbox], api_visibility="private", queue=False
-        )
+            lambda index: examples[titles[index]],
+            dataset,
+            [chatbot, chat.textbox],
+            api_visibility="private",
+            queue=False,
+        ).then(keep, chatbot, chat.chatbot_state, api_visibility="private", queue=False)
 
 
-def read_examples() -> list[tuple[list[Message], Message]]:
-    """Chats of `examples/demo`, where it is there: what comes before the last question, and that question."""
+def keep(history: list[Message]) -> list[Message]:
+    """What the chat shows becomes what the next question continues: `gr.ChatInterface` keeps the two apart."""
+    return history
+
+
+def read_examples() -> dict[str, tuple[list[Message], Message]]:
+    """Chats of `examples/demo` by title: what stands before the last question, and that. None without that folder."""
     if not (EXAMPLES / "chats.jsonl").is_file():
-        return []
+        return {}
 
     def shown(block: Message) -> Any:
         return block["text"] if block["type"] == "text" else {"path": str(EXAMPLES / block["path"])}
 
-    found = []
+    found = {}
     for line in (EXAMPLES / "chats.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
         *history, last = [
-            {"role": turn["role"], "content": [shown(block) for block in turn["content"]]}
-            for turn in json.loads(line)["messages"]
+            {"role": turn["role"], "content": [shown(block) for block in turn["content"]]} for turn in row["messages"]
         ]
         files = [part["path"] for part in last["content"] if isinstance(part, dict)]
         text = " ".join(part for part in last["content"] if isinstance(part, str))
-        found.append((history, {"text": text, "files": files}))
+        found[row["title"]] = history, {"text": text, "files": files}
     return found
 
 
@@ -371,7 +404,7 @@ def draw_area(demo: Demo) -> None:
             count = gr.Slider(1, MAX_DRAWN, 1, step=1, label="How many pictures")
             frames = gr.Slider(1, 16, demo.processor.num_video_frames, step=1, label="Frames of the video")
             guidance = gr.Slider(1, 10, 3, step=0.5, label="Guidance scale")
-            seed = gr.Number(label="Seed (by default another one each time)", precision=0, minimum=0)
+            seed = gr.Textbox(label="Seed (by default another one each time)")
             with gr.Row():
                 start, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop", variant="stop")
         with gr.Column():

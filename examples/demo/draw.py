@@ -18,8 +18,14 @@ from episodes import Message  # noqa: E402
 from judge import episode_of  # noqa: E402
 from PIL import Image  # noqa: E402
 
-# task of examples/nano -> seed of one whose answer a person sees at a glance
-CHATS = {"naming": 3, "compare": 0, "fewshot_4": 1, "receipt_steps": 2, "direction": 0}
+# title -> task of examples/nano, and the seed of one whose answer a person sees at a glance
+CHATS = {
+    "Name a thing": ("naming", 3),
+    "Compare two pictures": ("compare", 0),
+    "Add up a receipt": ("receipt_steps", 2),
+    "Watch a clip": ("direction", 0),
+    "Learn names from four pictures": ("fewshot_4", 1),
+}
 FRAME_RATE = 6
 SPLIT = "test"  # nothing of it was trained on
 
@@ -47,14 +53,14 @@ def save_clip(frames: list[Image.Image], path: Path) -> None:
 
 def main() -> None:
     with open(FOLDER / "chats.jsonl", "w", encoding="utf-8") as file:
-        for task, seed in CHATS.items():
+        for title, (task, seed) in CHATS.items():
             chat: list[Message] = episode_of(task, SPLIT, seed, 0).prompt
             names = (f"{task}_{number}" for number in range(100))
             for message in chat:
                 message["content"] = [
                     block if block["type"] == "text" else save(block, next(names)) for block in message["content"]
                 ]
-            file.write(json.dumps({"messages": chat}) + "\n")
+            file.write(json.dumps({"title": title, "messages": chat}) + "\n")
 
 
 if __name__ == "__main__":
