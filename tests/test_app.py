@@ -1,4 +1,4 @@
-"""The demo page: what its events answer is what `generate()` gives, Stop ends it, and nothing a visitor does breaks it."""
+"""The demo page: its answers are those of `generate()`, Stop ends it, and nothing a visitor does breaks it."""
 
 import asyncio
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from contextlib import aclosing
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_answers_are_those_of_generate(ask, demo, uploads):
     content = [{"type": "image", "path": str(uploads / "naming_0.jpg")}, {"type": "text", "text": QUESTION}]
     shown = ask()
     assert shown[-1].strip() == by_hand(demo, content).strip() != ""
-    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:]))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
 
 
 def test_pictures_and_a_video_of_one_message_come_in_their_order(ask, demo, uploads):
