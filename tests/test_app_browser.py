@@ -9,8 +9,9 @@ from conftest import COMMITTED_GOLDENS
 gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'vila-hf[demo]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 
-from vila.app import DEFAULT_MODEL, EXAMPLES, Demo, build_page  # noqa: E402
+from vila.app import DEFAULT_MODEL, EXAMPLES, build_page  # noqa: E402
 from vila.conversion_vila import convert  # noqa: E402
+from vila.demo_vila import Demo  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ANSWER = ".bot.message"

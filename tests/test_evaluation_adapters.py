@@ -22,7 +22,7 @@ from transformers import (
 )
 
 NANO = REPOSITORY / "checkpoints" / "vila-nano"
-MEDIA = REPOSITORY / "examples" / "demo"
+MEDIA = REPOSITORY / "examples" / "chats"
 CASES = map(GoldenCase, sorted((COMMITTED_GOLDENS / "vila").iterdir()))
 CONVERTED = [case for case in CASES if case.has_checkpoint]
 

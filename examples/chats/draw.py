@@ -1,4 +1,4 @@
-"""Draws the example chats of the demo page anew: `python examples/demo/draw.py` writes `chats.jsonl` and its media.
+"""Draws the example chats of the demo page anew: `python examples/chats/draw.py` writes `chats.jsonl` and its media.
 
 Every line is a chat in the form that fine-tuning takes, ending with the question that is to be asked; what it knows
 before, pictures with their answers, is the few-shot part.
