@@ -148,7 +148,7 @@ class Demo:
 
     def overlays(self, chat: list[Message], maps: Any) -> list[Image.Image]:
         """The chat's pictures with what was looked at in colour; those behind a video, whose frames count, are not."""
-        drawn = []
+        drawn: list[Image.Image] = []
         for block in [block for turn in chat for block in turn["content"] if block["type"] != "text"]:
             if block["type"] == "video" or maps is None:
                 break
