@@ -17,6 +17,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ANSWER = ".bot.message"
 BOX = "textarea"
 PICTURES = ".gallery-item img, .grid-container img, .preview img"
+LEAST = 3  # tokens: no answer is empty, whatever is asked
 PATIENCE = 60_000  # ms; a page is compiled on first sight
 
 
@@ -42,6 +43,7 @@ def serve(tmp_path_factory):
     def serve(folder, tokens=16):
         demo = Demo(folder, uploads, device="cpu")
         demo.model.generation_config.max_new_tokens = tokens  # what the page's slider starts with
+        demo.model.generation_config.min_new_tokens = LEAST
         page = build_page(demo)
         pages.append(page)
         _, url, _ = page.launch(
@@ -129,7 +131,7 @@ def test_an_answer_is_seen_growing(visit, nano):
         seen = [text for text in page.evaluate("() => [...window.seen]") if text and answer.startswith(text)]
         assert len(seen) > 2 and seen[-1] == answer
     finally:
-        demo.model.generation_config.min_new_tokens = None
+        demo.model.generation_config.min_new_tokens = LEAST
 
 
 def test_stop_gives_the_box_back(visit, serve):
@@ -145,7 +147,7 @@ def test_stop_gives_the_box_back(visit, serve):
     page.locator("button.submit-button").wait_for()
     slow.worker.submit(int).result()
     assert len(made) < 1900
-    slow.model.generation_config.min_new_tokens = None
+    slow.model.generation_config.min_new_tokens = LEAST
     assert ask(page, "And now?", answers=2)
 
 
