@@ -65,9 +65,10 @@ def chat_area(demo: Demo) -> None:
         gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest token)", render=False),
     ]
     if demo.looks:
-        looks = demo.model.config.num_look_close
+        own_looks = demo.model.config.num_look_close
+        looks = own_looks if isinstance(own_looks, int) else 1  # "all", or a number of patches instead
         settings.append(gr.Slider(0, MAX_LOOKS, looks, step=1, label="Close looks at every picture", render=False))
-        outputs.append(gr.Gallery(label="Where it looked closely", object_fit="contain", height=260, render=False))
+        outputs.append(gr.Gallery(label="Where it looked closely", object_fit="contain", columns=3, render=False))
     chatbot = gr.Chatbot(
         show_label=False,
         height=520,

@@ -50,7 +50,7 @@ class Demo:
 
     Args:
         model_path: see `Checkpoint`.
-        uploads: the only folder that media are read from.
+        uploads: the only folder that media are read from; drawn videos are written there.
         policy_changes: see `MediaPolicy.changed`.
 
     Raises:
@@ -69,6 +69,7 @@ class Demo:
         self.name = checkpoint_name(model_path)
         self.draws = checkpoint.family.model_type == "vila_u"
         self.looks = checkpoint.family.model_type == "vila_hd"
+        self.uploads = uploads
         self.policy = MediaPolicy.server(paths=True, root=uploads).changed(policy_changes)
         self.processor: Any = checkpoint.load_processor()
         self.processor.media_policy = self.policy
@@ -194,7 +195,7 @@ class Demo:
         if mode == "image":
             yield drawn, None
             return
-        handle, path = tempfile.mkstemp(suffix=".mp4")
+        handle, path = tempfile.mkstemp(suffix=".mp4", dir=self.uploads)
         os.close(handle)
         self.processor.save_video(drawn[0], path)
         yield drawn[0], path
