@@ -197,13 +197,19 @@ def test_nothing_is_computed_twice(model, processor, monkeypatch):
     assert len(lengths) == 3
 
 
-def test_pictures_one_at_a_time_give_the_same_answer_and_share_their_positions(folder, processor, monkeypatch):
+def test_pictures_one_at_a_time_give_the_same_answer(folder, processor):
     model, inputs = AutoModel.from_pretrained(folder, dtype="float32").eval(), encode(processor, TWO)
     expected = answer(model, inputs, num_look_close=2)
     model.config.vision_chunk_size = 1
-    resized = count_calls(monkeypatch, torch.nn.functional, "interpolate")
     assert torch.equal(answer(model, inputs, num_look_close=2), expected)
-    assert sum("antialias" in kwargs for _, kwargs in resized) == len(model.config.vision_config.ps3_scales) - 1
+
+
+def test_positions_are_made_for_chosen_patches_only(model, processor, monkeypatch):
+    made = count_calls(monkeypatch, torch.nn.functional, "interpolate")
+    answer(model, encode(processor, ONE), num_look_close=2)
+    tables = [args[0].shape for args, kwargs in made if kwargs.get("antialias")]
+    side = model.config.vision_config.position_grid
+    assert tables and all(shape == (1, 1, side, side) for shape in tables)
 
 
 def test_projector_sees_only_kept_cells(model, processor, monkeypatch):
