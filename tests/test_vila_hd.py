@@ -1,6 +1,7 @@
 """VILA-HD: looking at pictures of batches, chats and videos, what is computed once, options, and training."""
 
 import copy
+import importlib
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import COMMITTED_GOLDENS
+from conftest import COMMITTED_GOLDENS, REPOSITORY
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, DynamicCache, Trainer, TrainingArguments, pipeline
 from vila.conversion_vila import convert
@@ -511,6 +512,49 @@ def test_first_look_follows_the_target_in_training_if_asked(trainable, processor
     inside = torch.nn.functional.interpolate(batch["gt_selection_maps"][None], size=(10, 10), mode="area")[0, 0] > 0
     inside = inside.repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert inside[chosen > 0].all()
+
+
+@pytest.fixture
+def train(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    return importlib.import_module("train").main
+
+
+def train_on(train, folder, tmp_path, rows, *options):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    fixed = ["--model", str(folder), "--data", str(file), "--output", str(tmp_path / "out"), "--max_steps", "1"]
+    train([*fixed, "--learning_rate", "1e-2", "--save_strategy", "no", "--disable_tqdm", "True", *options])
+    return AutoModel.from_pretrained(tmp_path / "out", dtype="float32")
+
+
+def test_command_learns_where_to_look_from_boxes(train, folder, loaded, tmp_path):
+    tuned = train_on(train, folder, tmp_path, [BOX_ROW], "--token_selection_loss_weight", "1")
+    changed = {
+        name for name, weight in tuned.named_parameters() if not torch.equal(weight, loaded.get_parameter(name))
+    }
+    for part in SELECTION_PARTS:
+        assert any(name.startswith(part) for name in changed), part
+    assert not any(name.startswith("model.language_model") for name in changed)
+    assert tuned.config.token_selection_loss_weight == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([BOX_ROW], [], "teach nothing"),
+        ([row()], ["--token_selection_loss_weight", "-1"], "token_selection_loss_weight"),
+        ([row()], ["--packing", "True"], "packed"),
+    ],
+)
+def test_command_refuses_boxes_that_teach_nothing(train, folder, tmp_path, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_on(train, folder, tmp_path, rows, *options)
+
+
+def test_command_refuses_boxes_of_models_that_do_not_choose(train, converted, tmp_path):
+    with pytest.raises(ValueError, match="VILA-HD"):
+        train_on(train, converted("nvila_lite_image"), tmp_path, [BOX_ROW])
 
 
 def test_trainer_lowers_both_losses(trainable, processor, tmp_path):
