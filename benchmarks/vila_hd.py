@@ -180,7 +180,7 @@ def project_plainly(base: Any, tokens: torch.Tensor, maps: list[torch.Tensor]) -
     kept, start = [], 0
     for chosen in maps:
         whole = tokens.new_zeros(chosen.numel(), tokens.shape[1])
-        count = int(chosen.sum())
+        count = int((chosen > 0).sum())
         whole[chosen.flatten() > 0] = tokens[start : start + count]
         start += count
         cells = base.multi_modal_projector.layers(whole[None])[0]

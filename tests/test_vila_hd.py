@@ -224,6 +224,18 @@ def test_projector_sees_only_kept_cells(model, processor, monkeypatch):
     assert sorted(shape[0] if len(shape) == 2 else shape[0] * shape[1] for shape in shapes) == [9, cells]
 
 
+def test_half_precision_finds_the_tokens_of_every_scale(model):
+    """Of 341 chosen patches a sum in bfloat16 makes 340."""
+    projector, count = model.model.multi_modal_projector, 341
+    maps = [(torch.arange(400) < count).float().view(20, 20)] * 2
+    assert maps[0].bfloat16().sum() == count - 1
+    tokens = torch.randn(2 * count, model.config.vision_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, _ = projector.project_chosen(tokens, maps)
+        kept, _ = projector.project_chosen(tokens, [scale.bfloat16() for scale in maps])
+    assert torch.equal(kept, expected)
+
+
 def test_looking_at_nothing_asks_nothing(model, processor, monkeypatch):
     scores = count_calls(monkeypatch, model.model.vision_tower, "score")
     inputs = encode(processor, ONE)
