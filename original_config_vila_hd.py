@@ -273,7 +273,7 @@ def to_original_hd_configs(config: VilaHDConfig, processor: VilaHDProcessor) -> 
     vision, image_processor = config.vision_config, processor.image_processor
     llm, tower = original_text_config(config.text_config), to_original_ps3_tower(config.vision_config)
     projector = to_original_projector(config)
-    root = {
+    root: dict[str, Any] = {
         "architectures": ["LlavaTopDownLlamaModel"],
         "model_type": "llava_topdown_llama",
         **(config.original_options or {}),
@@ -322,7 +322,7 @@ def to_original_ps3_tower(vision: Ps3VisionConfig) -> dict[str, Any]:
         has_grid = is_radio or side // size == vision.position_grid
         if name is None and has_grid and (size, depth, heads, int(width * ratio)) == shape:
             name = known
-    tower = {
+    tower: dict[str, Any] = {
         "architectures": ["PS3VisionModel"],
         "model_type": "ps3_vision_model",
         **{key: getattr(vision, key) for key in KEPT},

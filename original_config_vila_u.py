@@ -212,7 +212,7 @@ def to_original_u_configs(
     siglip = next(iter(numbers), SIGLIP_FOLDER)
     llm, projector = original_text_config(config.text_config), to_original_projector(config)
     tower = to_original_u_tower(config, siglip) | {"torch_dtype": dtype}
-    root = {
+    root: dict[str, Any] = {
         "architectures": ["VILAULlamaModel"],
         "model_type": "vila_u_llama",
         **(config.original_options or {}),
@@ -231,7 +231,7 @@ def to_original_u_configs(
         "mm_projector_cfg": projector,
     }
     preprocessor = original_preprocessor(config, processor.image_processor)
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "config.json": root,
         "llm/config.json": llm,
         "vision_tower/config.json": tower,
@@ -255,7 +255,7 @@ def is_siglip(vision: Any, known: dict[str, Any]) -> bool:
 def to_original_u_tower(config: VilaUConfig, siglip: str) -> dict[str, Any]:
     channels, grid, hidden = config.vision_config.hidden_size, list(config.code_grid), config.text_config.hidden_size
     latent = config.decoder_latent_shape
-    decoder = {
+    decoder: dict[str, Any] = {
         "ch": config.decoder_channels,
         "ch_mult": list(config.decoder_channel_multipliers),
         "num_res_blocks": config.decoder_num_res_blocks,
@@ -267,7 +267,7 @@ def to_original_u_tower(config: VilaUConfig, siglip: str) -> dict[str, Any]:
         "in_channels": 3,
         "out_ch": 3,
     }
-    codes = {
+    codes: dict[str, Any] = {
         "architectures": ["RQVAESiglipModel"],
         "model_type": "rqvaesiglip_model",
         "pretrained_model": siglip,
@@ -282,7 +282,7 @@ def to_original_u_tower(config: VilaUConfig, siglip: str) -> dict[str, Any]:
         "latent_loss_weight": 0.25,
         "ddconfig": decoder,
     }
-    depth = {
+    depth: dict[str, Any] = {
         "architectures": ["RQTransformer"],
         "model_type": "rqtransformer_model",
         "block_size": [*grid, config.code_depth],
@@ -292,7 +292,7 @@ def to_original_u_tower(config: VilaUConfig, siglip: str) -> dict[str, Any]:
         "vocab_size": config.codebook_size,
         "head": {"n_layer": config.depth_num_layers, "block": {"n_head": config.depth_num_heads}},
     }
-    names = {"architectures": ["RQVAESIGLIPTransformer"], "model_type": "rqvaesigliptransformer_model"}
+    names: dict[str, Any] = {"architectures": ["RQVAESIGLIPTransformer"], "model_type": "rqvaesigliptransformer_model"}
     return {**names, "hidden_size": channels, "rqvaesiglip": codes, "rqtransformer": depth}
 
 

@@ -67,7 +67,7 @@ def family_of_folder(source: Path) -> Family:
     file = source / "config.json"
     content = json.loads(file.read_text()) if file.is_file() else {}
     family = FAMILIES.get(str(content.get("model_type")))
-    if family not in (VILA, VILA_HD, VILA_U) or content["model_type"] != family.model_type:
+    if family is None or family not in (VILA, VILA_HD, VILA_U) or content["model_type"] != family.model_type:
         raise ValueError(f"{source} is no converted VILA checkpoint")
     if content.get("quantization_config"):
         raise ValueError(f"the weights of {source} are int4, which the original does not read: dequantise the model")

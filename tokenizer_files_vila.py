@@ -75,7 +75,7 @@ def save_original_u_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) 
     named = {f"{kind}_token": str(getattr(tokenizer, f"{kind}_token")) for kind in ("bos", "eos", "pad", "unk")}
     further = [token.content for _, token in sorted(added.items()) if token.content not in named.values()]
     fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    config = {
+    config: dict[str, Any] = {
         "add_bos_token": True,
         "add_eos_token": False,
         "add_prefix_space": True,
@@ -92,7 +92,7 @@ def save_original_u_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) 
         "spaces_between_special_tokens": False,
         "tokenizer_class": "LlamaTokenizer",
     }
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": config,
         "special_tokens_map.json": {**named, "additional_special_tokens": further},
         "added_tokens.json": {token: tokenizer.convert_tokens_to_ids(token) for token in further},
