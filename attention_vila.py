@@ -1,7 +1,8 @@
 """Attention on CPUs, `attn_implementation="sdpa_cpu"`: torch's fused kernel, and what is faster where that is slow.
 
 - One new token: the query heads that share a key head go through the kernel as rows of one query, at least two.
-- A picture in bfloat16: matrix products of whole heads, which run several times faster than the kernel's small ones.
+- A picture in bfloat16, or what is seen closely of one: matrix products of whole heads, which run several times faster
+  than the kernel's small ones.
 - Everything else, and everything on other devices, is transformers' `sdpa`.
 """
 
@@ -78,7 +79,7 @@ def is_picture(query: torch.Tensor, key: torch.Tensor) -> bool:
     return (
         query.dtype == torch.bfloat16
         and not needs_gradient
-        and query.shape == key.shape
+        and query.shape[:2] == key.shape[:2]
         and query.shape[2] >= MIN_PICTURE_TOKENS
         and torch.cpu._is_avx512_bf16_supported()
         and not torch.cpu._is_amx_tile_supported()
@@ -86,18 +87,19 @@ def is_picture(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def attend_picture(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Full attention of every head over itself, in bfloat16; arguments as of `cpu_attention_forward`.
+    """Full attention of every head, in bfloat16; arguments as of `cpu_attention_forward`.
 
     A product of bfloat16 matrices is rounded to bfloat16, which is coarse for large scores. The softmax does not
     change if all scores of a row are moved: they are moved, within the product, so that the largest, which count, come
     near zero. A further channel, a guess at the row's largest score in the query and one in the key, does that.
     """
     batch, heads, length, channels = query.shape
+    keys = key.shape[2]
     out = query.new_empty(batch, heads, channels, length)
-    step = min(heads, max(1, SCORES_AT_A_TIME // length**2))
-    scores = query.new_empty(step, length, length)
+    step = min(heads, max(1, SCORES_AT_A_TIME // (length * keys)))
+    scores = query.new_empty(step, length, keys)
     width = channels + 8 - channels % 8
-    moved_query, moved_key = query.new_zeros(heads, length, width), query.new_zeros(heads, width, length)
+    moved_query, moved_key = query.new_zeros(heads, length, width), query.new_zeros(heads, width, keys)
     moved_key[:, channels] = 1
     for q, k, v, attended in zip(query, key, value, out):
         moved_query[..., :channels] = q

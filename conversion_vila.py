@@ -6,7 +6,6 @@
 """
 
 import argparse
-import json
 import re
 import shutil
 import sys
@@ -27,26 +26,17 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from .chat_templates_vila import CONV_MODES, choose_chat_template, choose_vila_u_template, stop_token_ids
 from .configuration_vila import ORIGINAL_CONFIG_KEYS, VilaConfig
 from .families_vila import FAMILIES, PS3, VILA_HD, VILA_U, Family, family_of
-from .original_config_vila import to_image_processor, to_original_configs, to_processor_options, to_vila_config
+from .original_config_vila import to_image_processor, to_processor_options, to_vila_config
 from .original_config_vila_hd import to_ps3_config, to_ps3_image_processor, to_vila_hd_config, to_vila_hd_processor
 from .original_config_vila_u import drawing_options, to_vila_u_config, to_vila_u_processor
 from .processing_vila import VilaProcessor
-from .tokenizer_files_vila import load_tokenizer, read_json, save_original_tokenizer
-from .weight_files_vila import (
-    Shard,
-    copy_to_root,
-    find_shards,
-    index_parts,
-    link_parts,
-    part_shards,
-    placed_names,
-    split_to_parts,
-)
+from .to_original_vila import to_original
+from .tokenizer_files_vila import load_tokenizer, read_json
+from .weight_files_vila import DTYPES, Shard, copy_to_root, find_shards, index_parts, link_parts, part_shards
 from .weight_names_vila import PART_PREFIXES
 
 BACKUP_FOLDER = "original_files"
 DEFAULT_MAX_NEW_TOKENS = 1024
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
@@ -293,66 +283,6 @@ def place_files(staging: Path, target: Path) -> None:
         if old.is_symlink():
             old.unlink()  # a link into the Hub cache: replace the link, leave the cached file alone
         shutil.copy2(file, old)
-
-
-def to_original(source: str | Path, target: str | Path) -> Path:
-    """Writes a folder of this package in the research layout.
-
-    Tower layers that VILA does not use, and which a fine-tuned checkpoint therefore lacks, are written as zeros:
-    readers that select the tower's second-to-last layer by number then find it.
-
-    Raises:
-        ValueError: if the source is not a folder of this package.
-        FileExistsError: if the target exists and is not empty.
-    """
-    source, target = Path(source), Path(target)
-    config_file = source / "config.json"
-    model_type = json.loads(config_file.read_text()).get("model_type") if config_file.is_file() else None
-    if model_type == "vila_u":
-        raise ValueError(f"{source} is a VILA-U: it has no way back, keep the original folder")
-    if model_type != "vila":
-        raise ValueError(f"{source} is no converted VILA checkpoint")
-    if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"{target} exists and is not empty")
-    config = VilaConfig.from_pretrained(source)
-    processor = VilaProcessor.from_pretrained(source)
-    shards = find_shards(source)
-    extra_tensors = {"vision_tower": missing_tower_tensors(config, shards)}
-    if hasattr(config.vision_config, "vision_use_head"):
-        config.vision_config.vision_use_head = any(".head." in name for shard in shards for name in shard.shapes)
-    for sub_config in (config.text_config, config.vision_config):
-        sub_config.dtype = DTYPES.get(shards[0].dtype, "float32")
-    for part in PART_PREFIXES:
-        (target / part).mkdir(parents=True)
-    for name, content in to_original_configs(config, processor).items():
-        (target / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
-    save_original_tokenizer(processor.tokenizer, target / "llm")
-    if (source / "tokenizer.model").is_file():
-        shutil.copy(source / "tokenizer.model", target / "llm")
-    GenerationConfig.from_pretrained(source).save_pretrained(target / "llm")
-    split_to_parts(shards, target, extra_tensors)
-    return target
-
-
-def missing_tower_tensors(config: VilaConfig, shards: list[Shard]) -> dict[str, torch.Tensor]:
-    """Zeros for the tower weights that the checkpoint lacks: layers behind the selected one and the final norm."""
-    shapes = {
-        name: shard.shapes[stored]
-        for shard in shards
-        for stored, (part, name) in placed_names(shard).items()
-        if part == "vision_tower"
-    }
-    expected = {
-        name.replace("layers.0.", f"layers.{layer}."): shape
-        for name, shape in shapes.items()
-        for layer in range(config.vision_config.num_hidden_layers)
-        if "encoder.layers.0." in name
-    }
-    if config.vision_config.model_type != "internvl_vision":
-        shape = [config.vision_config.hidden_size]
-        expected |= {f"vision_model.post_layernorm.{kind}": shape for kind in ("weight", "bias")}
-    dtype = getattr(torch, DTYPES[shards[0].dtype])
-    return {name: torch.zeros(shape, dtype=dtype) for name, shape in expected.items() if name not in shapes}
 
 
 def main(arguments: list[str] | None = None) -> None:

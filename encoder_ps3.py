@@ -5,7 +5,7 @@
 - Token features are raw outputs of the blocks; the trunk's last norm belongs to the pooled output.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,7 +62,6 @@ class LowResView:
     keys_values: list[KeysValues]
     conv_features: torch.Tensor | None = None
     place_features: torch.Tensor | None = None
-    positions: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Ps3PreTrainedModel(VilaCompleteLoading):
@@ -178,7 +177,7 @@ class Ps3VisionModel(Ps3PreTrainedModel):
         """
         embedded = [
             self.trunk.patch_embed.embed_chosen(view.pyramid.at_scale(number), indices)
-            + self._positions(view, number)[indices]
+            + self._positions(view, number, indices)
             for number, indices in enumerate(chosen)
             if indices.shape[1]
         ]
@@ -188,17 +187,14 @@ class Ps3VisionModel(Ps3PreTrainedModel):
             outputs.append(tokens)
         return outputs
 
-    def _positions(self, view: LowResView, number: int) -> torch.Tensor:
-        """Positions of a high-resolution scale, `(h * w, D)`, the same for all looks."""
-        if number not in view.positions:
-            rows, columns = view.pyramid.grids[number]
-            table = self.trunk.positions(rows, columns)
-            if self.config.separate_pos_emb:
-                side = self.config.ps3_scales[number + 1] // self.config.patch_size
-                own = self.pos_emb_residual[number].unflatten(1, (side, side))[0, :rows, :columns]
-                table = table + own.flatten(0, 1)
-            view.positions[number] = table
-        return view.positions[number]
+    def _positions(self, view: LowResView, number: int, indices: torch.Tensor) -> torch.Tensor:
+        """Positions of patches of a high-resolution scale, `(B, count) -> (B, count, D)`."""
+        rows, columns = view.pyramid.grids[number]
+        positions = self.trunk.positions(rows, columns, indices)
+        if self.config.separate_pos_emb:
+            side = self.config.ps3_scales[number + 1] // self.config.patch_size
+            positions = positions + self.pos_emb_residual[number][0, indices // columns * side + indices % columns]
+        return positions
 
     def forward(
         self,

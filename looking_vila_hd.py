@@ -102,10 +102,7 @@ class VilaHDLooking:
             raise ValueError(
                 f"pixel_values must be (pictures, 3, {side}, {side}): the encoder takes its largest scale"
             )
-        views = [self.vision_tower.see_low_res(some) for some in pixel_values.split(self._chunk_size)]
-        for view in views:
-            view.positions = views[0].positions  # those of a scale are the same for all pictures
-        return views
+        return [self.vision_tower.see_low_res(some) for some in pixel_values.split(self._chunk_size)]
 
     def project_low_res(self, view: LowResView) -> torch.Tensor:
         """`(B, tokens, H)`."""

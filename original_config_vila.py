@@ -260,12 +260,7 @@ def to_original_configs(config: VilaConfig, processor: VilaProcessor) -> dict[st
     image_processor = processor.image_processor
     llm = original_text_config(config.text_config)
     tower = to_original_tower(config)
-    projector = {
-        "architectures": ["MultimodalProjector"],
-        "model_type": "v2l_projector",
-        "mm_projector_type": config.projector_type,
-        "torch_dtype": str(config.text_config.dtype).removeprefix("torch."),
-    }
+    projector = to_original_projector(config)
     is_s2 = config.s2 or config.dynamic_s2
     mode = image_processor.image_mode
     root = {
@@ -298,6 +293,15 @@ def to_original_configs(config: VilaConfig, processor: VilaProcessor) -> dict[st
         "vision_tower/config.json": tower,
         "vision_tower/preprocessor_config.json": original_preprocessor(config, image_processor),
         "mm_projector/config.json": projector,
+    }
+
+
+def to_original_projector(config: VilaConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["MultimodalProjector"],
+        "model_type": "v2l_projector",
+        "mm_projector_type": config.projector_type,
+        "torch_dtype": str(config.text_config.dtype).removeprefix("torch."),
     }
 
 

@@ -1,23 +1,28 @@
-"""Configurations of original PS3 and VILA-HD folders -> this package's."""
+"""Configurations of original PS3 and VILA-HD folders -> this package's, and those of VILA-HD back."""
 
+import json
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from .chat_templates_vila import user_end_ids
-from .configuration_ps3 import Ps3Config, whole_numbers
+from .configuration_ps3 import Ps3Config, Ps3VisionConfig, whole_numbers
 from .configuration_vila import MAX_SIZE
 from .configuration_vila_hd import VilaHDConfig
 from .image_processing_ps3 import Ps3ImageProcessor
 from .image_processing_vila import VilaImageProcessor
 from .original_config_vila import (
+    ENCODER_TARGET,
     LANGUAGE_MODEL_CLASSES,
     NOISE,
     SUB_CONFIG_NOISE,
     TRANSLATED,
     check_image_processor,
+    original_text_config,
     square,
+    to_original_encoders,
+    to_original_projector,
     to_processor_options,
     without,
 )
@@ -46,6 +51,13 @@ KEPT = (
     "highres_selection_module_kernel_size",
 )
 RADIO_POOLING_SIZE = 1152
+# of every released C-RADIO encoder; an encoder in a VILA-HD does without, and does not remember it
+RADIO_ADAPTER = {
+    "radio_adapter_mlp_version": "v2",
+    "radio_adapter_mlp_hidden_dim": 1520,
+    "radio_adapter_mlp_output_dim": RADIO_POOLING_SIZE,
+    "radio_adapter_mlp_num_inner": 3,
+}
 HD_TRANSLATED = {
     "ps3",
     "look_close_mode",
@@ -254,3 +266,106 @@ def part_of(config: dict[str, Any], key: str) -> dict[str, Any]:
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     ids: Any = tokenizer.convert_tokens_to_ids(token)
     return ids
+
+
+def to_original_hd_configs(config: VilaHDConfig, processor: VilaHDProcessor) -> dict[str, dict[str, Any]]:
+    """The way back: file name -> content of an original VILA-HD folder's configs."""
+    vision, image_processor = config.vision_config, processor.image_processor
+    llm, tower = original_text_config(config.text_config), to_original_ps3_tower(config.vision_config)
+    projector = to_original_projector(config)
+    root: dict[str, Any] = {
+        "architectures": ["LlavaTopDownLlamaModel"],
+        "model_type": "llava_topdown_llama",
+        **(config.original_options or {}),
+        **{f"{kind}_encoder": encoder(f"Basic{kind.title()}Encoder") for kind in ("image", "video")},
+        **to_original_encoders(processor),
+        "hidden_size": config.text_config.hidden_size,
+        "mm_hidden_size": vision.hidden_size,
+        "image_aspect_ratio": "resize",
+        "min_tiles": image_processor.min_tiles,
+        "max_tiles": image_processor.max_tiles,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "cls_patch",
+        "mm_low_res_token_num": (vision.image_size // vision.patch_size) ** 2,
+        "mm_scale_num": len(vision.ps3_scales),
+        "ps3": True,
+        "look_close_mode": config.look_close_mode,
+        "num_look_close": config.num_look_close,
+        "num_token_look_close": config.num_token_look_close,
+        "smooth_selection_prob": config.smooth_selection_prob,
+        "top_down_prompt_head_type": config.top_down_prompt_head_type,
+        "high_res_pos_embed": config.high_res_pos_embed,
+        "token_selection_loss_weight": config.token_selection_loss_weight,
+        "llm_cfg": llm,
+        "vision_tower_cfg": tower,
+        "mm_projector_cfg": projector,
+    }
+    return {
+        "config.json": root,
+        "llm/config.json": llm,
+        "vision_tower/config.json": tower,
+        "vision_tower/preprocessor_config.json": original_ps3_preprocessor(vision.input_size, image_processor),
+        "mm_projector/config.json": projector,
+    }
+
+
+def encoder(name: str) -> str:
+    return json.dumps({"_target_": ENCODER_TARGET + name})
+
+
+def to_original_ps3_tower(vision: Ps3VisionConfig) -> dict[str, Any]:
+    """Inverse of `to_ps3_vision_config`; a trunk that no name stands for is described by `trunk_args`."""
+    is_radio, width, patch = vision.position_mode == "crop", vision.hidden_size, vision.patch_size
+    shape = (patch, vision.num_hidden_layers, vision.num_attention_heads, vision.intermediate_size)
+    name = None
+    for known, (size, side, depth, heads, ratio) in TRUNKS.items():
+        has_grid = is_radio or side // size == vision.position_grid
+        if name is None and has_grid and (size, depth, heads, int(width * ratio)) == shape:
+            name = known
+    tower: dict[str, Any] = {
+        "architectures": ["PS3VisionModel"],
+        "model_type": "ps3_vision_model",
+        **{key: getattr(vision, key) for key in KEPT},
+        "model_name": name,
+        "vision_tower_name": name,
+        "image_size": vision.input_size,
+        "patch_size": patch,
+        "img_size": vision.position_grid * patch if is_radio or name is None else None,
+        "class_token": False if is_radio else None,
+        "dynamic_img_size": True,
+        "pool": "map",
+        "radio": is_radio,
+        "final_norm": is_radio and vision.final_norm,
+        "torch_dtype": str(vision.dtype).removeprefix("torch."),
+    }
+    if is_radio:
+        tower |= {**RADIO_ADAPTER, "radio_adapter_mlp_input_dim": width}
+    if name is None:
+        # half a channel more: the product is rounded down
+        tower["trunk_args"] = {
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": vision.num_hidden_layers,
+            "num_heads": vision.num_attention_heads,
+            "mlp_ratio": (vision.intermediate_size + 0.5) / width,
+            "class_token": False,
+            "global_pool": "map",
+        }
+    return tower
+
+
+def original_ps3_preprocessor(side: int, image_processor: VilaImageProcessor) -> dict[str, Any]:
+    mean, std = list(image_processor.image_mean), list(image_processor.image_std)
+    is_bilinear = image_processor.resample == PILImageResampling.BILINEAR
+    return {
+        "image_processor_type": "PS3ImageProcessor",
+        "image_size": [side, side],
+        "mean": mean,
+        "std": std,
+        "image_mean": mean,
+        "image_std": std,
+        "interpolation": "bilinear" if is_bilinear else "bicubic",
+        "resize_mode": "squash",
+        "size": {"shortest_edge": side},
+        "crop_size": square(side),
+    }

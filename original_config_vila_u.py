@@ -1,4 +1,4 @@
-"""Configurations of original VILA-U folders -> this package's.
+"""Configurations of original VILA-U folders <-> this package's.
 
 An original names the SigLIP that its tower started from and is silent about its shape: the two that were released are
 written down here; any other is read from a folder, beside the tower's weights or anywhere on this machine.
@@ -14,7 +14,17 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 from .configuration_vila import first
 from .configuration_vila_u import VilaUConfig
 from .image_processing_vila import VilaImageProcessor
-from .original_config_vila import NOISE, SUB_CONFIG_NOISE, check_image_processor, square, without
+from .original_config_vila import (
+    NOISE,
+    SUB_CONFIG_NOISE,
+    check_image_processor,
+    original_names,
+    original_preprocessor,
+    original_text_config,
+    square,
+    to_original_projector,
+    without,
+)
 from .processing_vila_u import IMAGE_START, VIDEO_START, VilaUProcessor
 from .sampling_vila_u import DRAWING_DEFAULTS
 
@@ -36,6 +46,11 @@ SIGLIP_CONFIGS: dict[str, dict[str, Any]] = {
         "patch_size": 14,
     },
 }
+# how the release answers; without sampling it cannot draw
+ORIGINAL_GENERATION = {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "max_length": 4096}
+# of a SigLIP that lies beside the tower's weights
+SIGLIP_FOLDER = "siglip"
+TEXT_SIDE = "rqvaesiglip.siglip_model.text_model."
 DEFAULT_SIGLIP = "google/siglip-large-patch16-256"
 TRANSLATED = {
     "image_aspect_ratio", "interpolate_mode", "mm_use_im_start_end", "mm_use_vi_start_end", "mm_use_im_patch_token",
@@ -182,3 +197,121 @@ def to_vila_u_processor(
 def drawing_options(config: VilaUConfig) -> dict[str, Any]:
     """How the release draws, as far as the codebook allows: `drawing` in `generation_config.json`."""
     return {**DRAWING_DEFAULTS, "top_k": min(DRAWING_DEFAULTS["top_k"], config.codebook_size)}
+
+
+def to_original_u_configs(
+    config: VilaUConfig, processor: VilaUProcessor, shapes: dict[str, list[int]]
+) -> dict[str, dict[str, Any]]:
+    """The way back: file name -> content of an original VILA-U folder's configs.
+
+    Args:
+        shapes: name -> shape of the tower's tensors, which tell what the config does not of the text side.
+    """
+    vision, dtype = config.vision_config, str(config.text_config.dtype).removeprefix("torch.")
+    numbers = {name: known for name, known in SIGLIP_CONFIGS.items() if is_siglip(vision, known)}
+    siglip = next(iter(numbers), SIGLIP_FOLDER)
+    llm, projector = original_text_config(config.text_config), to_original_projector(config)
+    tower = to_original_u_tower(config, siglip) | {"torch_dtype": dtype}
+    root: dict[str, Any] = {
+        "architectures": ["VILAULlamaModel"],
+        "model_type": "vila_u_llama",
+        **(config.original_options or {}),
+        "hidden_size": config.text_config.hidden_size,
+        "mm_hidden_size": vision.hidden_size,
+        "image_aspect_ratio": processor.image_processor.image_mode,
+        "interpolate_mode": "linear",
+        "mm_use_im_start_end": True,
+        "mm_use_vi_start_end": config.video_start_token_id is not None,
+        "mm_use_im_patch_token": False,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "model_dtype": f"torch.{dtype}",
+        "num_video_frames": processor.num_video_frames,
+        "llm_cfg": llm,
+        "vision_tower_cfg": tower,
+        "mm_projector_cfg": projector,
+    }
+    preprocessor = original_preprocessor(config, processor.image_processor)
+    files: dict[str, dict[str, Any]] = {
+        "config.json": root,
+        "llm/config.json": llm,
+        "vision_tower/config.json": tower,
+        "vision_tower/preprocessor_config.json": preprocessor | {"image_processor_type": "CLIPImageProcessor"},
+        "mm_projector/config.json": projector,
+    }
+    if siglip == SIGLIP_FOLDER:
+        files[f"vision_tower/{SIGLIP_FOLDER}/config.json"] = {
+            "architectures": ["SiglipModel"],
+            "model_type": "siglip",
+            "vision_config": without(original_names(vision), {"vision_use_head", "torch_dtype"}),
+            "text_config": siglip_text_config(shapes, vision.num_attention_heads),
+        }
+    return files
+
+
+def is_siglip(vision: Any, known: dict[str, Any]) -> bool:
+    return all(getattr(vision, name) == value for name, value in known.items())
+
+
+def to_original_u_tower(config: VilaUConfig, siglip: str) -> dict[str, Any]:
+    channels, grid, hidden = config.vision_config.hidden_size, list(config.code_grid), config.text_config.hidden_size
+    latent = config.decoder_latent_shape
+    decoder: dict[str, Any] = {
+        "ch": config.decoder_channels,
+        "ch_mult": list(config.decoder_channel_multipliers),
+        "num_res_blocks": config.decoder_num_res_blocks,
+        "attn_resolutions": list(config.decoder_attention_resolutions),
+        "resolution": config.decoder_resolution,
+        "z_channels": config.decoder_latent_channels,
+        "double_z": False,
+        "dropout": 0.0,
+        "in_channels": 3,
+        "out_ch": 3,
+    }
+    codes: dict[str, Any] = {
+        "architectures": ["RQVAESiglipModel"],
+        "model_type": "rqvaesiglip_model",
+        "pretrained_model": siglip,
+        "code_shape": [*grid, config.code_depth],
+        "latent_shape": [*grid, channels],
+        "decoder_latent_shape": None if latent is None else list(latent),
+        "embed_dim": channels,
+        "n_embed": config.codebook_size,
+        "shared_codebook": config.shared_codebook,
+        "restart_unused_codes": True,
+        "decay": 0.99,
+        "latent_loss_weight": 0.25,
+        "ddconfig": decoder,
+    }
+    depth: dict[str, Any] = {
+        "architectures": ["RQTransformer"],
+        "model_type": "rqtransformer_model",
+        "block_size": [*grid, config.code_depth],
+        "embed_dim": config.depth_hidden_size,
+        "input_embed_dim_1": channels,
+        "input_embed_dim_2": hidden,
+        "vocab_size": config.codebook_size,
+        "head": {"n_layer": config.depth_num_layers, "block": {"n_head": config.depth_num_heads}},
+    }
+    names: dict[str, Any] = {"architectures": ["RQVAESIGLIPTransformer"], "model_type": "rqvaesigliptransformer_model"}
+    return {**names, "hidden_size": channels, "rqvaesiglip": codes, "rqtransformer": depth}
+
+
+def siglip_text_config(shapes: dict[str, list[int]], heads: int) -> dict[str, Any]:
+    """The text side by its tensors, if it has any; nothing asks for it, but the original builds it.
+
+    Args:
+        heads: what no tensor tells; those of the vision side.
+    """
+    tokens = shapes.get(TEXT_SIDE + "embeddings.token_embedding.weight")
+    if tokens is None:
+        return {"model_type": "siglip_text_model"}
+    layer = TEXT_SIDE + "encoder.layers."
+    return {
+        "model_type": "siglip_text_model",
+        "vocab_size": tokens[0],
+        "hidden_size": tokens[1],
+        "max_position_embeddings": shapes[TEXT_SIDE + "embeddings.position_embedding.weight"][0],
+        "intermediate_size": shapes[layer + "0.mlp.fc1.weight"][0],
+        "num_hidden_layers": len({name.split(".")[5] for name in shapes if name.startswith(layer)}),
+        "num_attention_heads": heads,
+    }

@@ -33,17 +33,21 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> nn.Module:
-    """Packs the linear layers of a VILA model's language model, in place; for `generate()` on a CPU in bfloat16.
+    """Packs the linear layers that every new token goes through, in place; for `generate()` on a CPU in bfloat16.
 
+    They are those of the language model and its head, of VILA-U also the depth transformer's and the projector's.
     Afterwards the model answers as before and can be saved, but neither trained nor moved to another device.
 
     Raises:
         ValueError: if the language model is not in bfloat16 on a CPU, or this processor or torch has no such kernels.
     """
-    parts: Any = model
+    whole: Any = model
+    parts = [whole.model.language_model, model]
+    if hasattr(whole.model, "depth_transformer"):
+        parts += [whole.model.depth_transformer, whole.model.multi_modal_projector]
     linears = [
         (parent, name, child)
-        for part in (parts.model.language_model, model)
+        for part in parts
         for parent in ([model] if part is model else part.modules())
         for name, child in parent.named_children()
         if type(child) is nn.Linear

@@ -63,3 +63,39 @@ def save_original_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) ->
         (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+
+
+def save_original_u_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The files that the original VILA-U reads beside `tokenizer.model`.
+
+    It finds its tokens by counting from the end of the vocabulary: those of this package must not be among them.
+    """
+    own = {SENTINEL, VilaProcessor.image_token, VilaProcessor.video_token}
+    added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.content not in own}
+    named = {f"{kind}_token": str(getattr(tokenizer, f"{kind}_token")) for kind in ("bos", "eos", "pad", "unk")}
+    further = [token.content for _, token in sorted(added.items()) if token.content not in named.values()]
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    config: dict[str, Any] = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "add_prefix_space": True,
+        "added_tokens_decoder": {
+            str(number): {field: getattr(token, field) for field in fields} for number, token in sorted(added.items())
+        },
+        "additional_special_tokens": further,
+        **named,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": "right",
+        "sp_model_kwargs": {},
+        "spaces_between_special_tokens": False,
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    files: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": config,
+        "special_tokens_map.json": {**named, "additional_special_tokens": further},
+        "added_tokens.json": {token: tokenizer.convert_tokens_to_ids(token) for token in further},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -162,20 +162,22 @@ class Ps3Trunk(nn.Module):
             self.siglip_proj: nn.Module = Ps3Adapter(config) if config.adapter_size else nn.Identity()
             self.attn_pool = Ps3AttentionPool(config)
 
-    def positions(self, height: int, width: int) -> torch.Tensor:
-        """Positions of a grid of patches, `(h * w, D)`."""
-        side = self.config.position_grid
-        if height == width == side:
-            return self.pos_embed[0]
-        table = self.pos_embed.unflatten(1, (side, side))
-        if self.config.position_mode == "interpolate":
-            longest = max(height, width)
-            # the filter of antialias differs from plain bicubic where it enlarges, too
-            table = F.interpolate(
-                table.permute(0, 3, 1, 2).float(), size=(longest, longest), mode="bicubic", antialias=True
-            )
-            table = table.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
-        return table[0, :height, :width].flatten(0, 1)
+    def positions(self, height: int, width: int, indices: torch.Tensor | None = None) -> torch.Tensor:
+        """Positions of a grid of patches, `(h * w, D)`.
+
+        Args:
+            indices: row-major, `(...)`: only those of these patches, `(..., D)`.
+        """
+        side, device = self.config.position_grid, self.pos_embed.device
+        if indices is None:
+            indices = torch.arange(height * width, device=device)
+        rows, columns = indices // width, indices % width
+        if height == width == side or self.config.position_mode == "crop":
+            return self.pos_embed[0, rows * side + columns]
+        # of thousands of places a few are looked at: weights of the table's rows and columns, not a table of all
+        weights = resize_weights(side, max(height, width), device)
+        mixed = weights[rows].unsqueeze(-1) * weights[columns].unsqueeze(-2)
+        return (mixed.flatten(-2) @ self.pos_embed[0].float()).to(self.pos_embed.dtype)
 
     def pool(self, tokens_BLD: torch.Tensor, mask_BL: torch.Tensor | None = None) -> torch.Tensor:
         """Output of the last block -> `(B, pooling_size)`.
@@ -186,6 +188,13 @@ class Ps3Trunk(nn.Module):
         if not self.has_pooling:
             raise ValueError("this checkpoint holds no pooling: it gives token features only")
         return self.attn_pool(self.siglip_proj(self.norm(tokens_BLD)), mask_BL)
+
+
+def resize_weights(size: int, new_size: int, device: torch.device) -> torch.Tensor:
+    """`(new_size, size)`: how much of every old row a new one takes; bicubic, in float32."""
+    each = torch.eye(size, device=device)[None, None]
+    # the filter of antialias differs from plain bicubic where it enlarges, too
+    return F.interpolate(each, size=(new_size, size), mode="bicubic", antialias=True)[0, 0]
 
 
 class Ps3Pyramid:

@@ -56,7 +56,8 @@ class VilaHDProjector(VilaMultiModalProjector):
             height, width = (-(-side // self.factor) for side in chosen.shape)
             is_kept = resize_map(chosen.unsqueeze(0), (height, width), "area").flatten() == 1
             cells.append(self._cell_members(chosen, start, len(tokens))[is_kept])
-            start += int(chosen.sum())
+            # counted, not summed: sums in half precision are rounded
+            start += int((chosen > 0).sum())
             if self.has_positions:
                 positions.append(self._positions(height, width, number + 1)[0, is_kept])
         # what is not chosen, or beyond the map's edge, counts as zeros

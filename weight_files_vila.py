@@ -15,6 +15,7 @@ from .weight_names_vila import PART_PREFIXES, original_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
 
 

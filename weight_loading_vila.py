@@ -1,5 +1,6 @@
 """Loading weights: all that the model needs or an error, and from safetensors only."""
 
+import inspect
 import re
 from contextvars import ContextVar
 from pathlib import Path
@@ -69,7 +70,10 @@ class VilaCompleteLoading(PreTrainedModel):
         found, _ = config_class.get_config_dict(source, **hub_options)
         if "quantization_config" not in found:
             return None
-        own = {name: options.pop(name) for name in [*options] if name in config_class.__annotations__}
+        # those of every VILA config, not what all models of transformers have
+        bases = [base for base in config_class.__mro__ if not issubclass(PreTrainedConfig, base)]
+        names = {name for base in bases for name in inspect.get_annotations(base)}
+        own = {name: options.pop(name) for name in [*options] if name in names}
         return config_class.from_pretrained(source, **hub_options, **own)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:

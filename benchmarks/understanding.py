@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timing import generate, resident, seconds_of
+from timing import generate, interleaved, limits, resident, seconds_of
 from transformers import AutoConfig, AutoModel, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from vila.configuration_vila import VilaConfig
 from vila.geometry_vila import TileGrid, tile_boxes
@@ -104,14 +104,6 @@ def prompt(name: str, has_media: bool) -> torch.Tensor:
     return ids
 
 
-def limits() -> tuple[float, float]:
-    """bfloat16 FLOP/s of a large matrix product and bytes/s of reading a large array; the best of several."""
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
-    data = torch.ones(2**28)
-    flops = max(2 * 2048**3 / seconds_of(lambda: a @ a) for _ in range(8))
-    return flops, max(data.nbytes / seconds_of(data.sum) for _ in range(8))
-
-
 def encode_flops(layers: int) -> float:
     """Of the tower layers that the features need, and of the projector."""
     layer = 2 * PATCHES * (4 * WIDTH**2 + 2 * WIDTH * FEED_FORWARD) + 4 * PATCHES**2 * WIDTH
@@ -133,17 +125,6 @@ def layer_weights() -> int:
 def decode_bytes() -> float:
     head, kv = TEXT["hidden_size"] * TEXT["vocab_size"], 2 * 4 * 64 * TEXT["num_hidden_layers"] * PROMPT_TOKENS
     return 2 * (layer_weights() + head + kv)
-
-
-def interleaved(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, one after the other, over and over; every other round backwards."""
-    for work in works.values():
-        work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(repeats):
-        for name in list(works)[:: 1 if number % 2 == 0 else -1]:
-            seconds[name].append(works[name]())
-    return seconds
 
 
 def show_times(row: str, seconds: dict[str, list[float]], limit: float) -> None:

@@ -1,6 +1,7 @@
 """Fine-tunes a checkpoint on chats: `python examples/train.py --model DIR --data rows.jsonl --output OUT`.
 
-Every line of the data is `{"messages": [...]}`; relative paths of media are meant from its folder.
+Every line of the data is `{"messages": [...]}`; relative paths of media are meant from its folder. A VILA-HD also
+learns where to look from `"boxes"`, see `VilaHDDataCollator`.
 All options of `transformers.TrainingArguments` work; a run that was stopped goes on from its last checkpoint.
 Several processes: `torchrun --nproc-per-node 8 examples/train.py ...` (or `accelerate launch`).
 """
@@ -20,10 +21,13 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser,
 from transformers.trainer_utils import get_last_checkpoint
 from vila.training_presets_vila import LORA, PRESETS, TrainingPreset, split_batch
 from vila.training_vila import LORA_TARGETS, PARTS, VilaDataCollator, parts_of, set_vision_resolution, train_only
+from vila.training_vila_hd import VilaHDDataCollator
 from vila.training_vila_u import VilaUDataCollator
 
 logger = logging.getLogger(__name__)
 MEDIA_PATH_KEYS = ("image", "video", "path")
+ROW_KEYS = ("messages", "boxes")
+COLLATORS: dict[str, Any] = {"vila_u": VilaUDataCollator, "vila_hd": VilaHDDataCollator}
 
 
 @dataclass
@@ -41,6 +45,9 @@ class Options:
     dtype: str = field(default="float32", metadata={"help": "of the weights; --bf16 computes in another"})
     packing: bool = field(default=False, metadata={"help": "all rows of a device batch in one, without padding"})
     vision_resolution: int | None = field(default=None, metadata={"help": "side of a tile in pixels, if another"})
+    token_selection_loss_weight: float | None = field(
+        default=None, metadata={"help": "VILA-HD: weight of the loss of where to look (default: the checkpoint's)"}
+    )
     lora: bool = field(default=False, metadata={"help": "train adapters of the language model instead of its weights"})
     lora_r: int = field(default=LORA["r"], metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=LORA["lora_alpha"], metadata={"help": "their scale, times the rank"})
@@ -107,7 +114,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             for key in MEDIA_PATH_KEYS:
                 if isinstance(block.get(key), str) and (folder / block[key]).exists():
                     block[key] = str(folder / block[key])
-        rows.append({"messages": messages})
+        rows.append({key: row[key] for key in ROW_KEYS if key in row})
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
@@ -119,6 +126,25 @@ def check_recipe(preset: TrainingPreset, config: Any, processor: Any) -> None:
         actual = getattr(processor.image_processor if name == "image_mode" else config, name)
         if actual != expected:
             logger.warning("The released model of this stage has %s=%r, this one %r.", name, expected, actual)
+
+
+def weigh_boxes(config: Any, weight: float | None, rows: list[dict[str, Any]]) -> None:
+    """Puts the weight of the loss of where to look into the config.
+
+    Raises:
+        ValueError: if it makes no sense, or rows have boxes that would teach nothing.
+    """
+    has_boxes = any(row.get("boxes") is not None for row in rows)
+    if config.model_type != "vila_hd":
+        if has_boxes or weight is not None:
+            raise ValueError("boxes and token_selection_loss_weight are for a VILA-HD, which chooses where to look")
+        return
+    if weight is not None:
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"token_selection_loss_weight must be 0 or more, got {weight}")
+        config.token_selection_loss_weight = weight
+    if has_boxes and not config.token_selection_loss_weight:
+        raise ValueError("rows have boxes, which teach nothing with a --token_selection_loss_weight of 0")
 
 
 def extend_context(config: Any, max_length: int | None) -> None:
@@ -156,18 +182,21 @@ def main(arguments: list[str]) -> None:
     if options.preset is not None:
         check_recipe(PRESETS[options.preset], config, processor)
     extend_context(config.text_config, options.max_length)
+    rows = read_rows(options.data)
+    eval_rows = read_rows(options.eval_data) if options.eval_data else None
+    weigh_boxes(config, options.token_selection_loss_weight, [*rows, *(eval_rows or ())])
     model = AutoModel.from_pretrained(options.model, config=config, trust_remote_code=True, dtype=options.dtype)
     if options.vision_resolution is not None:
         set_vision_resolution(model, processor, options.vision_resolution)
     model = add_adapters(model, options) if options.lora else train_only(model, options.tuned or parts_of(model))
 
-    collator = VilaUDataCollator if config.model_type == "vila_u" else VilaDataCollator
+    collator = COLLATORS.get(config.model_type, VilaDataCollator)
     trainer = Trainer(
         model,
         training,
         data_collator=collator(processor, packing=options.packing, max_length=options.max_length),
-        train_dataset=read_rows(options.data),
-        eval_dataset=read_rows(options.eval_data) if options.eval_data else None,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
     )
     last = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None

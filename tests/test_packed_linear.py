@@ -47,6 +47,17 @@ def test_all_linear_layers_of_the_language_model_are_packed_and_no_others(loaded
     pack_linears(model)  # nothing is left to do
 
 
+def test_what_draws_is_packed_too(vila_u_folder, vila_u_processor):
+    model = AutoModel.from_pretrained(vila_u_folder, dtype="bfloat16")
+    inputs = vila_u_processor(text="Fireworks.", generation_mode="image", return_tensors="pt")
+    options = {"generation_mode": "image", "do_sample": False, "output_logits": True}
+    before = model.generate(**inputs, **options)
+    after = pack_linears(model).generate(**inputs, **options)
+    torch.testing.assert_close(before.logits[:, 0], after.logits[:, 0], atol=0.05, rtol=0.05)
+    parts = [part for part in model.model.depth_transformer.modules() if isinstance(part, nn.Linear)]
+    assert not parts and isinstance(model.model.depth_transformer.head, PackedLinear)
+
+
 def test_saving_unpacks(loaded, tmp_path):
     model, _ = loaded
     model.save_pretrained(tmp_path / "before")

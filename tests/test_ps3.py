@@ -15,7 +15,7 @@ from vila.conversion_vila import convert
 from vila.modeling_ps3 import Ps3Model
 from vila.original_config_vila_hd import to_ps3_vision_config
 from vila.selection_ps3 import choose_patches, plan_looks
-from vila.vision_ps3 import first_outputs
+from vila.vision_ps3 import Ps3Trunk, first_outputs
 
 # the tower of a VILA-HD is an encoder's folder itself
 SOURCE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm" / "checkpoint" / "vision_tower"
@@ -113,6 +113,22 @@ def test_pictures_of_any_shape_are_seen(height, width, model):
     assert chosen == sum(scale[0].numel() for scale in output.selection_maps)
     assert output.last_hidden_state.shape[1] == 25 + chosen
     assert output.last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (8, 8), (3, 7), (1, 1)])
+@pytest.mark.parametrize("mode", ["interpolate", "crop"])
+def test_positions_of_a_few_patches_are_those_of_a_resized_table(mode, height, width):
+    side = 2 if mode == "interpolate" else 10
+    trunk = Ps3Trunk(tiny_config(position_mode=mode, position_grid=side), False)
+    torch.nn.init.normal_(trunk.pos_embed)
+    table = trunk.pos_embed.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if mode == "interpolate":
+        size = (max(height, width),) * 2
+        table = torch.nn.functional.interpolate(table, size=size, mode="bicubic", antialias=True)
+    expected = table[0, :, :height, :width].flatten(1).T
+    torch.testing.assert_close(trunk.positions(height, width), expected, atol=1e-5, rtol=1e-5)
+    some = torch.tensor([[0, height * width - 1]])
+    torch.testing.assert_close(trunk.positions(height, width, some), expected[some], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("option", ["highres_selection_feature", "separate_pos_emb"])
