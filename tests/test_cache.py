@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 from vila import VilaConfig
-from vila.cache_vila import ROOM, GrowingLayer, grow_in_place
+from vila.cache_vila import ROOM, GrowingLayer, expect_tokens, grow_in_place
 
 STEPS = st.lists(
     st.one_of(
@@ -113,3 +113,18 @@ def test_a_filled_cache_is_left_alone():
     keys = cache.layers[0].keys
     grow_in_place(cache)
     assert cache.layers[0].keys is keys
+
+
+def test_room_for_a_long_prompt_is_made_once():
+    cache = DynamicCache()
+    grow_in_place(cache)
+    cache.update(*new_states(3), layer_idx=0)
+    expect_tokens(cache, 5 * ROOM)
+    cache.update(*new_states(ROOM + 1), layer_idx=0)
+    start = cache.layers[0].keys.data_ptr()
+    for _ in range(4):
+        cache.update(*new_states(ROOM), layer_idx=0)
+        assert cache.layers[0].keys.data_ptr() == start
+    cache.reset()
+    assert cache.layers[0].expected == 0
+    expect_tokens(DynamicCache(offloading=True), 5)  # others have no room to make
