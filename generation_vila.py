@@ -54,6 +54,8 @@ class VilaGenerationMixin(GenerationMixin):
         # a mask that is longer than the ids says that they are those of the new turn alone
         if input_ids is not None and isinstance(cache, Cache) and (mask is None or mask.shape == input_ids.shape):
             cached = cache.get_seq_length()
+        elif input_ids is not None and isinstance(cache, Cache) and mask.ndim == 2:
+            check_cache(cache, input_ids, mask)
         for modality, (pixels, grid) in MEDIA_INPUTS.items():
             if input_ids is not None and kwargs.get(pixels) is not None:
                 kwargs[pixels], kwargs[grid] = self._drop_cached(
@@ -274,6 +276,16 @@ def check_context(config: Any, prompts: list[torch.Tensor | None], mask: Any) ->
         raise ValueError(
             f"the prompt has {length} tokens, more than the {limit} of the language model's context "
             "(config.text_config.max_position_embeddings): shorten it, or pass fewer pictures or frames"
+        )
+
+
+def check_cache(cache: Cache, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """Refuses a new turn whose mask says that the cache holds more or fewer tokens than it does."""
+    held, expected = int(cache.get_seq_length()), mask.shape[1] - input_ids.shape[1]
+    if held != expected:
+        raise ValueError(
+            f"past_key_values holds {held} tokens, but attention_mask has room for {expected} before the new "
+            f"{input_ids.shape[1]}: continue a chat with the cache and the output of its last turn"
         )
 
 

@@ -74,14 +74,19 @@ class VilaMediaBlocks:
         videos: Any,
         images_kwargs: dict[str, Any],
         videos_kwargs: dict[str, Any],
+        heads: list[str],
     ) -> tuple[dict[str, Any], list[list[Medium]]]:
-        """Pixels of all media, and what replaces the media tokens of each prompt, in the order of the text."""
+        """Pixels of all media, and what replaces the media tokens of each prompt, in the order of the text.
+
+        `heads` are the beginnings of the chats, whose rest the prompts are: their media count, but are not read.
+        """
         self._check_scales(images_kwargs)
         max_tiles = videos_kwargs.get("video_max_tiles") or self.video_max_tiles
         streams = bool(videos_kwargs.get("stream_frames"))
         if streams and max_tiles > 1:
             raise ValueError("stream_frames shows every frame as a whole: it cannot be combined with video_max_tiles")
-        rows = self._look_at_media(prompts, images, videos, images_kwargs, videos_kwargs, max_tiles)
+        earlier = [len(self._picture_tokens(head)) for head in heads]
+        rows = self._look_at_media(prompts, images, videos, images_kwargs, videos_kwargs, max_tiles, earlier)
         shown: list[Views] = []
         grids: list[TileGrid] = []
         clips: list[Views] = []  # of every encoded video
@@ -136,6 +141,7 @@ class VilaMediaBlocks:
         images_kwargs: dict[str, Any],
         videos_kwargs: dict[str, Any],
         max_tiles: int,
+        earlier: list[int],
     ) -> list[list[Seen]]:
         """The media of each prompt: fetched, but not decoded, and no more than the policy allows."""
         policy, total = images_kwargs["media_policy"], 0
@@ -147,7 +153,7 @@ class VilaMediaBlocks:
             zip(prompts, map(iter, pictures), map(iter, clips))
         ):
             tokens = re.findall(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}", prompt)
-            others = (len(tokens) if self.video_as_images else tokens.count(self.image_token)) - 1
+            others = earlier[number] + len(self._picture_tokens(prompt)) - 1
             rows.append([])
             for index, token in enumerate(tokens):
                 is_video = token == self.video_token
@@ -162,6 +168,11 @@ class VilaMediaBlocks:
                     policy.check_visual_tokens(total)
                 rows[-1].append(seen)
         return rows
+
+    def _picture_tokens(self, prompt: str) -> list[str]:
+        """The tokens of a prompt that stand for what is shown as pictures."""
+        shown = [self.image_token, self.video_token] if self.video_as_images else [self.image_token]
+        return re.findall("|".join(map(re.escape, shown)), prompt)
 
     def _plan_video(self, source: Any, videos_kwargs: dict[str, Any], policy: Any) -> FramePlan:
         """Which frames to take of one video: as the call asks, of a file by default as the checkpoint was trained."""
