@@ -18,12 +18,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .cache_vila import expect_tokens, grow_in_place
+from .context_vila import context_length
+from .memory_vila import PREFILL_CHUNK, MemoryPlan, loaded_bytes
 
 # modality -> names of its tensors
 MEDIA_INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 # prompts of more tokens go through the language model in chunks of `PREFILL_CHUNK` unless the caller says otherwise
 LONG_PROMPT = 8192
-PREFILL_CHUNK = 2048
 # prefills of more chunks than this show a progress bar
 LONG_PREFILL_CHUNKS = 16
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -49,12 +50,12 @@ class VilaGenerationMixin(GenerationMixin):
             ValueError: if the prompt is longer than the language model's context, or placeholders and media differ.
         """
         input_ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
-        check_context(self.config.text_config, [input_ids, kwargs.get("inputs_embeds")], mask)
+        check_context(self, [input_ids, kwargs.get("inputs_embeds")], mask)
         cache, cached = kwargs.get("past_key_values"), 0
         # a mask that is longer than the ids says that they are those of the new turn alone
         if input_ids is not None and isinstance(cache, Cache) and (mask is None or mask.shape == input_ids.shape):
             cached = cache.get_seq_length()
-        elif input_ids is not None and isinstance(cache, Cache) and mask.ndim == 2:
+        elif input_ids is not None and isinstance(cache, Cache) and isinstance(mask, torch.Tensor):
             check_cache(cache, input_ids, mask)
         for modality, (pixels, grid) in MEDIA_INPUTS.items():
             if input_ids is not None and kwargs.get(pixels) is not None:
@@ -256,26 +257,26 @@ def row_readers(features: Any, placeholders: torch.Tensor) -> list[RowReader]:
     return [RowReader(iter([rows])) for rows in torch.cat(parts).split(counts)]
 
 
-def check_context(config: Any, prompts: list[torch.Tensor | None], mask: Any) -> None:
-    """Refuses a prompt that is longer than the language model was made for, unless its rope is scaled.
+def check_context(model: Any, prompts: list[torch.Tensor | None], mask: Any) -> None:
+    """Refuses a prompt that is longer than the language model was made for, with a table of what would fit.
 
     Args:
-        config: the language model's.
         prompts: `(batch, sequence, ...)`.
         mask: `(batch, positions)`, earlier turns in the cache included.
     """
-    limit = getattr(config, "max_position_embeddings", None)
-    is_scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    limit = context_length(model.config.text_config)
     length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=0)
     is_plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
-    if limit is None or is_scaled or max(length, mask.shape[1] if is_plain else 0) <= limit:
+    if max(length, mask.shape[1] if is_plain else 0) <= limit:
         return
     if is_plain:
         length = int(mask.sum(1).max())  # without padding
     if length > limit:
+        plan = MemoryPlan(model.config, loaded_bytes(model))
         raise ValueError(
             f"the prompt has {length} tokens, more than the {limit} of the language model's context "
-            "(config.text_config.max_position_embeddings): shorten it, or pass fewer pictures or frames"
+            "(config.text_config.max_position_embeddings): shorten it, or pass fewer pictures or frames\n"
+            + plan.table(plan.shown_frames())
         )
 
 

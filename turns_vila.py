@@ -82,7 +82,7 @@ class VilaTurns:
         blocks = [content] if isinstance(content, str) else [block.get("text", "") for block in content]
         if "".join(blocks).split() != self.tokenizer.decode(written, skip_special_tokens=True).split():
             logger.warning(
-                "continue_chat: the chat's last answer differs from the generated one, which is what the model will see"
+                "continue_chat: the last answer in the chat differs from the generated one, which the model sees"
             )
 
     def _next_row(self, written: list[int], new: list[int]) -> tuple[int, list[int]]:
