@@ -55,7 +55,7 @@ class VilaGenerationMixin(GenerationMixin):
         # a mask that is longer than the ids says that they are those of the new turn alone
         if input_ids is not None and isinstance(cache, Cache) and (mask is None or mask.shape == input_ids.shape):
             cached = cache.get_seq_length()
-        elif input_ids is not None and isinstance(cache, Cache) and isinstance(mask, torch.Tensor):
+        elif input_ids is not None and isinstance(cache, Cache) and mask is not None and mask.ndim == 2:
             check_cache(cache, input_ids, mask)
         for modality, (pixels, grid) in MEDIA_INPUTS.items():
             if input_ids is not None and kwargs.get(pixels) is not None:
