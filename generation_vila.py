@@ -201,10 +201,10 @@ class VilaGenerationMixin(GenerationMixin):
     def _drop_cached_features(
         self, modality: str, input_ids: torch.Tensor, cached: int, encoded: dict[str, Any]
     ) -> dict[str, Any]:
-        """The features of the media whose placeholders lie behind the first `cached` positions."""
+        """The features of the media whose placeholders lie behind the first `cached` positions; they may be those."""
         features = list(encoded[modality].pooler_output)
         placeholders = input_ids == getattr(self.config, f"{modality}_token_id")
-        if cached >= input_ids.shape[1] or not placeholders[:, :cached].any():
+        if sum(map(len, features)) == placeholders[:, cached:].sum():
             return encoded
         is_new = media_behind(placeholders, cached, [len(rows) for rows in features])
         kept = [rows for rows, new in zip(features, is_new) if new]
