@@ -48,6 +48,8 @@ class Seen(NamedTuple):
 class VilaMediaBlocks:
     """The media side of `VilaProcessor`, whose attributes it reads."""
 
+    # whether the model takes a `FrameStream`
+    can_stream = True
     image_processor: Any
     tokenizer: Any
     image_token: str
@@ -83,6 +85,8 @@ class VilaMediaBlocks:
         self._check_scales(images_kwargs)
         max_tiles = videos_kwargs.get("video_max_tiles") or self.video_max_tiles
         streams = bool(videos_kwargs.get("stream_frames"))
+        if streams and not self.can_stream:
+            raise ValueError("stream_frames is for models that encode frames one by one, which this one does not")
         if streams and max_tiles > 1:
             raise ValueError("stream_frames shows every frame as a whole: it cannot be combined with video_max_tiles")
         earlier = [len(self._picture_tokens(head)) for head in heads]

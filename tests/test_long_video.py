@@ -1,5 +1,6 @@
 """Videos of any length: what is streamed and chunked gives the same answer, in the memory of one chunk."""
 
+import json
 from functools import cache
 from types import SimpleNamespace
 
@@ -7,13 +8,16 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoProcessor
+from transformers import AutoProcessor, DynamicCache
 from vila import generation_vila
 from vila.frame_stream_vila import FrameStream, Views, exactly
 from vila.modeling_vila import VilaForConditionalGeneration
+from vila.processing_vila_hd import VilaHDProcessor
+from vila.processing_vila_u import VilaUProcessor
 
 SIZE = (48, 40)
 WAYS = {
@@ -188,6 +192,20 @@ def test_tiled_frames_cannot_be_streamed(case, clip):
         encode(case(), [user(clip(3), "?")], stream_frames=True, video_max_tiles=2)
 
 
+@pytest.mark.parametrize("family", [VilaHDProcessor, VilaUProcessor])
+def test_families_that_cannot_stream_say_so(case, clip, family, monkeypatch):
+    loaded = case()
+    assert not family.can_stream
+    monkeypatch.setattr(loaded.processor, "can_stream", family.can_stream, raising=False)
+    with pytest.raises(ValueError, match="this one does not"):
+        encode(loaded, [user(clip(3), "?")], stream_frames=True)
+
+
+def test_vila_hd_refuses_a_new_part_alone():
+    with pytest.raises(ValueError, match="pass the whole chat"):
+        VilaHDProcessor.continue_chat(None, [], {}, None)
+
+
 # ---- long prompts
 
 
@@ -243,3 +261,18 @@ def test_nothing_is_as_large_as_the_prompt_squared_or_times_the_vocabulary(case,
         growing = [shape for shape in seen.shapes if any(size >= length - 1 for size in shape)]
         largest[frames] = max(np.prod(shape) / length for shape in growing)
     assert largest[300] <= 1.3 * max(largest[150], width)
+
+
+# ---- the notebook
+
+
+def test_the_notebook_asks_again_at_the_cost_of_the_question(capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    cells = json.loads((REPOSITORY / "examples" / "long_video.ipynb").read_text(encoding="utf-8"))["cells"]
+    shown: dict = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), shown)
+    tokens = [int(line.split()[0]) for line in capsys.readouterr().out.splitlines() if "new tokens" in line]
+    assert tokens[0] > 900 and max(tokens[1:]) < 30
+    assert isinstance(shown["cache"], DynamicCache) and shown["cache"].get_seq_length() > sum(tokens)
