@@ -135,7 +135,7 @@ class VilaMediaEncoder:
             tiles[-1] += count
         is_tensor = isinstance(pixel_values, torch.Tensor)
         chunks = pixel_values.split(tiles) if is_tensor else pixel_values.read(tiles)
-        for group, chunk in zip(groups, chunks):
+        for chunk, group in zip(chunks, groups):
             group_thw = torch.tensor([(1, grid.rows, grid.cols) for grid in group])
             yield from self.get_image_features(chunk, group_thw, return_dict=True).pooler_output
 

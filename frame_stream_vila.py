@@ -81,6 +81,7 @@ class FrameStream:
             if not (chunk := list(islice(views, size))):
                 return
             yield torch.from_numpy(self.to_pixels(chunk)).to(device=self.device, dtype=self.dtype)
+        next(views, None)  # the last video ends: its file is closed, its progress shown
 
 
 def exactly(frames: Iterator[Any], total: int, name: str) -> Iterator[Any]:

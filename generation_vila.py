@@ -43,8 +43,9 @@ class VilaGenerationMixin(GenerationMixin):
         processor gives. What lies in the cache is not encoded a second time; nor is what `mm_encoder_outputs` holds,
         `{"image": get_image_features(...)}`, of this chat or of another about the same media.
 
-        A prompt of more than 8,192 tokens is prefilled in chunks of 2,048, `prefill_chunk_size` in any: the memory of
-        a chunk takes the place of that of the prompt. Media of a single prompt are encoded chunk by chunk, too.
+        A prompt of more than 8,192 tokens is prefilled in chunks of 2,048, with `prefill_chunk_size` in others, or as
+        a whole if that is None: the memory of a chunk takes the place of that of the prompt. Media of a single prompt
+        are encoded chunk by chunk, too.
 
         Raises:
             ValueError: if the prompt is longer than the language model's context, or placeholders and media differ.

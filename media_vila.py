@@ -132,7 +132,7 @@ class VilaMediaBlocks:
 
         def views() -> Iterator[Any]:
             with errors_name(seen.name):
-                for frame in exactly(seen.source.frames, seen.source.total, seen.name):
+                for frame in with_progress(exactly(seen.source.frames, seen.source.total, seen.name), seen.source):
                     yield from self.image_processor.frame_views(frame, **images_kwargs)
 
         return Views(seen.source.total, views)
@@ -214,9 +214,7 @@ class VilaMediaBlocks:
             picture = next(seen.source.frames) if isinstance(seen.source, FramePlan) else seen.source
             views, grid = self.image_processor.picture_views(picture, seen.others > 0, **images_kwargs)
             return views, [grid]
-        plan = seen.source
-        is_short = plan.total <= LONG_VIDEO_FRAMES
-        steps = logging.tqdm(plan.frames, desc="Decoding frames", total=plan.total, disable=is_short)
+        steps = with_progress(seen.source.frames, seen.source)
         cut = partial(self.image_processor.frame_views, max_tiles=max_tiles, **images_kwargs)
         views = [view for frame in steps for view in cut(frame)]
         return views, [TileGrid(1, 1)] * len(views)
@@ -262,6 +260,12 @@ class VilaMediaBlocks:
     @property
     def _dynamic_scales(self) -> list[int] | None:
         return self.image_processor.s2_scales if self.image_processor.image_mode == "dynamic_s2" else None
+
+
+def with_progress(frames: Iterator[Any], plan: FramePlan) -> Any:
+    """The frames, with a progress bar if they are many."""
+    is_short = plan.total <= LONG_VIDEO_FRAMES
+    return logging.tqdm(frames, desc="Decoding frames", total=plan.total, disable=is_short)
 
 
 def assign_media(given: Any, prompts: list[str], token: str, noun: str) -> list[list[Any]]:
