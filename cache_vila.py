@@ -19,6 +19,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rooms: dict[str, torch.Tensor] = {}
+        self.expected = 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -39,14 +40,15 @@ class GrowingLayer(DynamicLayer):
         end = old + new.shape[-2]
         room = self.rooms.get(name)
         if room is None or not old or not is_beginning(states, room) or end > room.shape[-2]:
-            room = self.rooms[name] = new.new_empty(*new.shape[:2], end + ROOM, new.shape[-1])
+            tokens = max(end, self.expected) + ROOM
+            room = self.rooms[name] = new.new_empty(*new.shape[:2], tokens, new.shape[-1])
             if old:
                 room[:, :, :old] = states
         room[:, :, old:end] = new
         return room[:, :, :end]
 
     def reset(self) -> None:
-        self.rooms = {}
+        self.rooms, self.expected = {}, 0
         super().reset()
 
 
@@ -66,3 +68,10 @@ def grow_in_place(cache: Any) -> None:
     ]
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
+
+
+def expect_tokens(cache: Any, tokens: int) -> None:
+    """Lets the layers that grow in place make room for so many tokens at once: else every chunk copies all before."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.expected = tokens

@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .context_vila import check_rope
 from .geometry_vila import crops_per_side, num_tile_tokens, patches_per_side
 
 if TYPE_CHECKING:  # what is given; once the config is made, a config object and a list
@@ -131,6 +132,8 @@ class VilaConfig(PreTrainedConfig):
             if isinstance(given, dict) and isinstance(layers := given.get("num_hidden_layers"), int):
                 # before a sub-config makes a list of them
                 require_positive(layers, f"{part}.num_hidden_layers", MAX_LAYERS)
+        if isinstance(self.text_config, dict):
+            check_rope(self.text_config)
         if self.s2_scales is not None:
             self.s2_scales = parse_scales(self.s2_scales)
         super().__post_init__(**kwargs)
@@ -180,6 +183,7 @@ class VilaConfig(PreTrainedConfig):
         self._check_projector()
         self._check_pooling()
         self._check_time_tokens()
+        check_rope(self.text_config)
 
     def _check_sizes(self) -> None:
         for part in ("vision_config", "text_config"):

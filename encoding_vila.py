@@ -5,6 +5,7 @@ the projector.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class VilaMediaEncoder:
         """Encodes pictures.
 
         Args:
-            pixel_values: `(N, 3, height, width)`, the tiles of all pictures one after the other.
+            pixel_values: `(N, 3, height, width)`, the tiles of all pictures one after the other; or a `FrameStream`.
             image_grid_thw: `(pictures, 3)`, `(1, rows, columns)` of every picture's tile grid; by default every tile
                 is a picture of its own.
             image_tile_grids: `(N, 3)`, the same from engines, which cut tensors into pictures by tiles: for every tile
@@ -71,6 +72,9 @@ class VilaMediaEncoder:
         if image_tile_grids is not None:
             image_grid_thw = picture_grids(image_tile_grids, self.config.dynamic_scales)
         grids = self._tile_grids(pixel_values, image_grid_thw)
+        if not isinstance(pixel_values, torch.Tensor):
+            features = list(self.stream_features("image", pixel_values, image_grid_thw))
+            return BaseModelOutputWithPooling(pooler_output=features)
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         if self.config.dynamic_s2:
             features = self._encode_dynamic_s2(pixel_values, grids, **kwargs)
@@ -104,7 +108,8 @@ class VilaMediaEncoder:
         """Encodes videos frame by frame, a few at a time, and pools them.
 
         Args:
-            pixel_values_videos: `(N, 3, height, width)`, the frames of all videos one after the other.
+            pixel_values_videos: `(N, 3, height, width)`, the frames of all videos one after the other; or a
+                `FrameStream`.
             video_grid_thw: `(videos, 3)`, `(frames, 1, 1)` of every video; by default all frames are one video.
 
         Returns:
@@ -118,21 +123,61 @@ class VilaMediaEncoder:
             raise ValueError(
                 f"video_grid_thw describes {sum(counts)} frames, pixel_values_videos holds {len(pixel_values_videos)}"
             )
+        if not isinstance(pixel_values_videos, torch.Tensor):
+            pixel_values_videos = pixel_values_videos.to(self.vision_tower.device)
         is_long = len(pixel_values_videos) > LONG_VIDEO_CHUNKS * self._chunk_size
         with logging.tqdm(total=sum(counts), desc="Encoding frames", unit="frame", disable=not is_long) as progress:
             features = [self._encode_video(frames, progress, **kwargs) for frames in pixel_values_videos.split(counts)]
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+    def stream_features(
+        self, modality: str, pixel_values: Any, grid_thw: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """The features of `get_image_features` or `get_video_features`, row after row, encoded as they are asked for.
+
+        Args:
+            modality: `"image"` or `"video"`.
+            pixel_values, grid_thw: as of these two; a `FrameStream` is decoded as it is encoded.
+
+        Yields:
+            `(rows, hidden_size)`: of a picture, or of the few frames of a video that were encoded together.
+        """
+        if not isinstance(pixel_values, torch.Tensor):
+            pixel_values = pixel_values.to(self.vision_tower.device)
+        if modality == "video":
+            yield from self._stream_videos(pixel_values, grid_thw)
+            return
+        grids = self._tile_grids(pixel_values, grid_thw)
+        groups: list[list[TileGrid]] = []
+        tiles: list[int] = []
+        for grid in grids:
+            count = num_tiles(grid, self.config.dynamic_scales)
+            if not groups or tiles[-1] + count > self._chunk_size:
+                groups.append([])
+                tiles.append(0)
+            groups[-1].append(grid)
+            tiles[-1] += count
+        is_tensor = isinstance(pixel_values, torch.Tensor)
+        chunks = pixel_values.split(tiles) if is_tensor else pixel_values.read(tiles)
+        for chunk, group in zip(chunks, groups):
+            group_thw = torch.tensor([(1, grid.rows, grid.cols) for grid in group])
+            yield from self.get_image_features(chunk, group_thw, return_dict=True).pooler_output
+
+    def _stream_videos(self, pixel_values: Any, grid_thw: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        counts = [len(pixel_values)] if grid_thw is None else grid_thw[:, 0].tolist()
+        for frames in pixel_values.split(counts):
+            # the rows of a second pooling come behind all rows of the first
+            blocks = [frames] if len(self.config.video_pool_sizes or []) > 1 else frames.split(self._block_size)
+            for block in blocks:
+                yield from self.get_video_features(block, return_dict=True).pooler_output
 
     def _encode_video(self, frames: torch.Tensor, progress: Any, **kwargs: Any) -> torch.Tensor:
         """One video, `(frames, 3, height, width) -> (tokens, H)`, pooled as it is encoded."""
         pools = self.config.video_pool_sizes
         if pools is None:
             return self._encode_chunks(frames, progress, **kwargs).flatten(0, 1)
-        # no group of any pooling reaches across the blocks
-        together = math.lcm(*(time for time, _, _ in pools))
-        block_size = together * math.ceil(self._chunk_size / together)
         pooled: list[list[torch.Tensor]] = [[] for _ in pools]
-        for block in frames.split(block_size):
+        for block in frames.split(self._block_size):
             maps = to_map(self._encode_chunks(block, progress, **kwargs))
             for parts, pool in zip(pooled, pools):
                 parts.append(pool_video(maps, [pool]))
@@ -164,6 +209,12 @@ class VilaMediaEncoder:
     def _chunk_size(self) -> int:
         """Tiles that go through the tower at a time; on a CPU more of them only take more memory."""
         return self.config.vision_chunk_size or (4 if self.vision_tower.device.type == "cpu" else 8)
+
+    @property
+    def _block_size(self) -> int:
+        """Frames of a video that are encoded and pooled together: no group of any pooling reaches across blocks."""
+        together = math.lcm(*(time for time, _, _ in self.config.video_pool_sizes or []))
+        return together * math.ceil(self._chunk_size / together)
 
     def media_sizes(
         self, modality: str, pixel_values: torch.Tensor, grid_thw: torch.Tensor | None

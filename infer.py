@@ -25,10 +25,12 @@ from transformers.utils import logging
 from .chat_templates_vila import CONV_MODES
 from .configuration_vila_hd import LOOK_CLOSE_MODES
 from .drawing_vila_u import draw
+from .families_vila import VILA
 from .loading_vila import DTYPES, Checkpoint
 from .looking_vila_hd import LookOptions
 from .media_policy_vila import MediaPolicy
 from .media_sources_vila import fetch_url
+from .media_vila import LONG_VIDEO_FRAMES
 from .processing_vila import VilaProcessor
 from .structured_output_vila import json_grammar, json_processors
 from .video_processing_vila import video_duration
@@ -104,6 +106,9 @@ def answer(options: argparse.Namespace) -> None:
     if options.video_max_tiles > 0:
         processor.video_max_tiles = options.video_max_tiles
     duration = clip_duration(media, processor)
+    # of a long video only a few frames at a time are held; of a short one all are read before the weights are
+    streams = checkpoint.family is VILA and processor.video_max_tiles == 1
+    streams = streams and processor.num_video_frames > LONG_VIDEO_FRAMES
     # before the weights are read, which may take minutes
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [*media, *([{"type": "text", "text": options.text}] if options.text else [])]}],
@@ -111,6 +116,7 @@ def answer(options: argparse.Namespace) -> None:
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        processor_kwargs={"stream_frames": streams},
     )
     model = checkpoint.load_model(processor, options.device, options.dtype, options.lora_path)
     generation = generation_options(options)
@@ -337,7 +343,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(PIPE_CLOSED)
     except USER_ERRORS as error:
-        sys.exit(f"vila-infer: {' '.join(str(error).split())}")
+        message, bar, table = str(error).partition("\n|")  # what would fit, where the prompt does not
+        sys.exit(f"vila-infer: {' '.join(message.split())}{bar}{table}")
 
 
 if __name__ == "__main__":

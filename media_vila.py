@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from .chat_vila import tokenize
+from .frame_stream_vila import FrameStream, Views, exactly
 from .geometry_vila import FEATURES, NOTHING, TileGrid, num_image_tokens, num_tiles, pooled_frames
 from .image_loading_vila import upright_size
 from .image_processing_vila import errors_name, group_by_conversation
@@ -46,6 +48,8 @@ class Seen(NamedTuple):
 class VilaMediaBlocks:
     """The media side of `VilaProcessor`, whose attributes it reads."""
 
+    # whether the model takes a `FrameStream`
+    can_stream = True
     image_processor: Any
     tokenizer: Any
     image_token: str
@@ -72,36 +76,66 @@ class VilaMediaBlocks:
         videos: Any,
         images_kwargs: dict[str, Any],
         videos_kwargs: dict[str, Any],
+        heads: list[str],
     ) -> tuple[dict[str, Any], list[list[Medium]]]:
-        """Pixels of all media, and what replaces the media tokens of each prompt, in the order of the text."""
+        """Pixels of all media, and what replaces the media tokens of each prompt, in the order of the text.
+
+        `heads` are the beginnings of the chats, whose rest the prompts are: their media count, but are not read.
+        """
         self._check_scales(images_kwargs)
         max_tiles = videos_kwargs.get("video_max_tiles") or self.video_max_tiles
-        rows = self._look_at_media(prompts, images, videos, images_kwargs, videos_kwargs, max_tiles)
-        shown: list[Any] = []
+        streams = bool(videos_kwargs.get("stream_frames"))
+        if streams and not self.can_stream:
+            raise ValueError("stream_frames is for models that encode frames one by one, which this one does not")
+        if streams and max_tiles > 1:
+            raise ValueError("stream_frames shows every frame as a whole: it cannot be combined with video_max_tiles")
+        earlier = [len(self._picture_tokens(head)) for head in heads]
+        rows = self._look_at_media(prompts, images, videos, images_kwargs, videos_kwargs, max_tiles, earlier)
+        shown: list[Views] = []
         grids: list[TileGrid] = []
-        clips: list[list[Any]] = []  # of every encoded video
+        clips: list[Views] = []  # of every encoded video
         media: list[list[Medium]] = []
         for row in rows:
             media.append([])
             for seen in row:
                 with errors_name(seen.name):
-                    views, own_grids = self._views(seen, images_kwargs, max_tiles)
+                    if streams and isinstance(seen.source, FramePlan) and not self._is_picture(seen, max_tiles):
+                        views, own_grids = self._stream(seen, images_kwargs), [TileGrid(1, 1)] * seen.source.total
+                    else:
+                        pictures, own_grids = self._views(seen, images_kwargs, max_tiles)
+                        views = Views(len(pictures), pictures)
                 if seen.is_encoded:
                     clips.append(views)
-                    media[-1].append(Medium(self.video_block(len(views)), 2, False))
+                    media[-1].append(Medium(self.video_block(views.length), 2, False))
                 else:
-                    shown += views
+                    shown.append(views)
                     grids += own_grids
                     media[-1].append(self._shown(own_grids))
         data = {}
         if shown:
-            data["pixel_values"] = self.image_processor.pixels_of_views(shown, **images_kwargs)
+            data["pixel_values"] = self._pixels(shown, images_kwargs)
             data["image_grid_thw"] = np.array([(1, grid.rows, grid.cols) for grid in grids])
         if clips:
-            frames = [frame for clip in clips for frame in clip]
-            data["pixel_values_videos"] = self.image_processor.pixels_of_views(frames, **images_kwargs)
-            data["video_grid_thw"] = np.array([(len(clip), 1, 1) for clip in clips])
+            data["pixel_values_videos"] = self._pixels(clips, images_kwargs)
+            data["video_grid_thw"] = np.array([(clip.length, 1, 1) for clip in clips])
         return data, media
+
+    def _pixels(self, parts: list[Views], images_kwargs: dict[str, Any]) -> Any:
+        """Pixels of all views: an array, or a stream if some are decoded later."""
+        to_pixels = partial(self.image_processor.pixels_of_views, **images_kwargs)
+        if any(callable(part.views) for part in parts):
+            return FrameStream(parts, to_pixels)
+        return to_pixels([view for part in parts for view in part.views])
+
+    def _stream(self, seen: Seen, images_kwargs: dict[str, Any]) -> Views:
+        """The frames of a video that is decoded when it is encoded; as many as its headers promise."""
+
+        def views() -> Iterator[Any]:
+            with errors_name(seen.name):
+                for frame in with_progress(exactly(seen.source.frames, seen.source.total, seen.name), seen.source):
+                    yield from self.image_processor.frame_views(frame, **images_kwargs)
+
+        return Views(seen.source.total, views)
 
     def _look_at_media(
         self,
@@ -111,6 +145,7 @@ class VilaMediaBlocks:
         images_kwargs: dict[str, Any],
         videos_kwargs: dict[str, Any],
         max_tiles: int,
+        earlier: list[int],
     ) -> list[list[Seen]]:
         """The media of each prompt: fetched, but not decoded, and no more than the policy allows."""
         policy, total = images_kwargs["media_policy"], 0
@@ -122,7 +157,7 @@ class VilaMediaBlocks:
             zip(prompts, map(iter, pictures), map(iter, clips))
         ):
             tokens = re.findall(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}", prompt)
-            others = (len(tokens) if self.video_as_images else tokens.count(self.image_token)) - 1
+            others = earlier[number] + len(self._picture_tokens(prompt)) - 1
             rows.append([])
             for index, token in enumerate(tokens):
                 is_video = token == self.video_token
@@ -137,6 +172,11 @@ class VilaMediaBlocks:
                     policy.check_visual_tokens(total)
                 rows[-1].append(seen)
         return rows
+
+    def _picture_tokens(self, prompt: str) -> list[str]:
+        """The tokens of a prompt that stand for what is shown as pictures."""
+        shown = [self.image_token, self.video_token] if self.video_as_images else [self.image_token]
+        return re.findall("|".join(map(re.escape, shown)), prompt)
 
     def _plan_video(self, source: Any, videos_kwargs: dict[str, Any], policy: Any) -> FramePlan:
         """Which frames to take of one video: as the call asks, of a file by default as the checkpoint was trained."""
@@ -174,8 +214,7 @@ class VilaMediaBlocks:
             picture = next(seen.source.frames) if isinstance(seen.source, FramePlan) else seen.source
             views, grid = self.image_processor.picture_views(picture, seen.others > 0, **images_kwargs)
             return views, [grid]
-        total, frames = seen.source
-        steps = logging.tqdm(frames, desc="Decoding frames", total=total, disable=total <= LONG_VIDEO_FRAMES)
+        steps = with_progress(seen.source.frames, seen.source)
         cut = partial(self.image_processor.frame_views, max_tiles=max_tiles, **images_kwargs)
         views = [view for frame in steps for view in cut(frame)]
         return views, [TileGrid(1, 1)] * len(views)
@@ -271,6 +310,12 @@ class VilaMediaBlocks:
     @property
     def _dynamic_scales(self) -> list[int] | None:
         return self.image_processor.s2_scales if self.image_processor.image_mode == "dynamic_s2" else None
+
+
+def with_progress(frames: Iterator[Any], plan: FramePlan) -> Any:
+    """The frames, with a progress bar if they are many."""
+    is_short = plan.total <= LONG_VIDEO_FRAMES
+    return logging.tqdm(frames, desc="Decoding frames", total=plan.total, disable=is_short)
 
 
 def assign_media(given: Any, prompts: list[str], token: str, noun: str) -> list[list[Any]]:

@@ -30,8 +30,9 @@ from .chat_vila import (
     without_breaks,
 )
 from .geometry_vila import num_tiles
-from .image_processing_vila import VilaImagesKwargs, errors_name_options
-from .media_vila import Medium, VilaMediaBlocks
+from .image_processing_vila import VilaImagesKwargs, errors_name_options, group_by_conversation
+from .media_vila import Medium, VilaMediaBlocks, group_videos
+from .turns_vila import VilaTurns, behind_marker, drop_first
 from .video_processing_vila import VilaVideosKwargs
 
 logger = logging.get_logger(__name__)
@@ -74,7 +75,7 @@ class EncodedPrompt(NamedTuple):
     types: list[int]
 
 
-class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
+class VilaProcessor(VilaMediaBlocks, VilaTurns, ProcessorMixin):
     r"""
     Args:
         image_processor: a `VilaImageProcessor`.
@@ -173,6 +174,7 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         *,
         rendered_special_tokens: bool | None = None,
         rendered_by: str | None = None,
+        behind: str | None = None,
         media_policy: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -185,6 +187,7 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
                 list per prompt.
             rendered_special_tokens: overrides `add_special_tokens`; set by `apply_chat_template`.
             rendered_by: the chat template that wrote the text, by default the processor's; set likewise.
+            behind: process only what stands behind this text in every prompt; set by `continue_chat`.
             media_policy: changes the processor's policy for this call.
             kwargs: options of the tokenizer, of `VilaImageProcessor` and of `VilaVideosKwargs`.
 
@@ -208,6 +211,11 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         if rendered_special_tokens is None:
             # only `apply_chat_template` puts breaks into a text: here they are characters like others
             prompts = [escape_breaks(prompt) for prompt in prompts]
+        heads = [""] * len(prompts)
+        if behind is not None:
+            heads, prompts = behind_marker(behind, prompts)
+            images = images and drop_first(group_by_conversation(images), heads, self.image_token)
+            videos = videos and drop_first(group_videos(videos), heads, self.video_token)
         merged = self._merge_kwargs(VilaProcessorKwargs, self.tokenizer.init_kwargs, **kwargs)
         merged["images_kwargs"]["media_policy"] = self.media_policy.changed(media_policy)
         text_kwargs = merged["text_kwargs"]
@@ -220,9 +228,9 @@ class VilaProcessor(VilaMediaBlocks, ProcessorMixin):
         if for_engine:  # which keeps what a picture becomes, to put it beside other ones
             merged["images_kwargs"] = {"tile_multiple_images": True, **merged["images_kwargs"]}
         media_data, media = self._process_media(
-            prompts, images, videos, merged["images_kwargs"], merged["videos_kwargs"]
+            prompts, images, videos, merged["images_kwargs"], merged["videos_kwargs"], heads
         )
-        add_special_tokens = text_kwargs.get("add_special_tokens", True)
+        add_special_tokens = text_kwargs.get("add_special_tokens", True) and behind is None
         template = rendered_by or self.chat_template
         rows = [self._encode(prompt, row, add_special_tokens, template) for prompt, row in zip(prompts, media)]
         for number, row in enumerate(rows):

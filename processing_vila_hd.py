@@ -17,6 +17,12 @@ TINT = 0.3
 class VilaHDProcessor(VilaProcessor):
     """`VilaProcessor` for VILA-HD: a picture is resized to the encoder's largest scale, as a square."""
 
+    can_stream = False
+
+    def continue_chat(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused with a `ValueError`: what is looked at depends on the question, and on the whole chat."""
+        raise ValueError("VILA-HD looks again for every question: pass the whole chat, with past_key_values")
+
     def draw_selection(self, image: Image.Image, maps: Sequence[Any], index: int = 0) -> Image.Image:
         """The picture with what was looked at in colour, a tint for each scale, and the rest dimmed.
 

@@ -39,6 +39,8 @@ class VilaUProcessor(VilaProcessor):
     tokens of training around the user's pictures.
     """
 
+    can_stream = False
+
     def __call__(
         self,
         images: Any = None,

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,9 +47,11 @@ class VilaVideosKwargs(VideosKwargs, total=False):
     num_frames: frames to take, spread evenly; with `fps` the most that are taken.
     fps: frames to take per second.
     video_max_tiles: cut every frame into up to that many tiles, each of which counts as a frame.
+    stream_frames: decode frames only when the model encodes them, so that a long video's pixels are never held.
     """
 
     video_max_tiles: int
+    stream_frames: bool
 
 
 class Packets(NamedTuple):
@@ -68,11 +71,15 @@ class FramePlan(NamedTuple):
     """What will be taken of one video.
 
     total: how many frames; fewer come if some cannot be decoded.
-    frames: the frames in order, decoded as they are asked for.
+    open: gives the frames in order, decoded as they are asked for; anew with every call.
     """
 
     total: int
-    frames: Iterator[Any]
+    open: Callable[[], Iterator[Any]]
+
+    @property
+    def frames(self) -> Iterator[Any]:
+        return self.open()
 
 
 def load_frames(
@@ -138,7 +145,7 @@ def choose(frames: Any, num_frames: int | None, fps: float | None, name: str, po
     level = level_of(frames)
     return FramePlan(
         len(indices),
-        (
+        lambda: (
             open_image(frames[index], policy).to_image(policy) if is_source else level(frames[index])
             for index in indices
         ),
@@ -175,7 +182,7 @@ def plan_file(file: str | BytesIO, name: str, num_frames: int | None, fps: float
     if fps and len(sample_frames(total, len(indices) + 1, fps, packets.fps)) > len(indices):
         seconds = len(indices) / fps
         logger.warning(f"{name} is seen up to second {seconds:g} only: at fps={fps:g}, num_frames={most} end there")
-    return FramePlan(len(indices), decode_frames(file, name, packets, indices, policy))
+    return FramePlan(len(indices), partial(decode_frames, file, name, packets, indices, policy))
 
 
 def decode_frames(

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, Cache, DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
 from vila import VilaConfig
-from vila.cache_vila import ROOM, GrowingLayer, grow_in_place
+from vila.cache_vila import ROOM, GrowingLayer, expect_tokens, grow_in_place
 
 STEPS = st.lists(
     st.one_of(
@@ -113,3 +115,92 @@ def test_a_filled_cache_is_left_alone():
     keys = cache.layers[0].keys
     grow_in_place(cache)
     assert cache.layers[0].keys is keys
+
+
+def test_room_for_a_long_prompt_is_made_once():
+    cache = DynamicCache()
+    grow_in_place(cache)
+    cache.update(*new_states(3), layer_idx=0)
+    expect_tokens(cache, 5 * ROOM)
+    cache.update(*new_states(ROOM + 1), layer_idx=0)
+    start = cache.layers[0].keys.data_ptr()
+    for _ in range(4):
+        cache.update(*new_states(ROOM), layer_idx=0)
+        assert cache.layers[0].keys.data_ptr() == start
+    cache.reset()
+    assert cache.layers[0].expected == 0
+    expect_tokens(DynamicCache(offloading=True), 5)  # others have no room to make
+
+
+# ---- transformers' own caches, filled chunk by chunk
+
+
+class NoStream:
+    """What an offloaded cache waits for on a GPU: here copies are done when they return."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+
+class RoundedLayer(QuantizedLayer):
+    """`QuantizedLayer` with the plainest rounding: 8 bits for each vector."""
+
+    def _quantize(self, tensor, axis):
+        scale = tensor.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, tensor):
+        values, scale = tensor
+        return values * scale
+
+
+@pytest.fixture(scope="module")
+def chat(converted):
+    """A model, and a chat about pictures for it."""
+    folder = converted("nvila_lite_image")
+    model = AutoModel.from_pretrained(folder, dtype="float32").eval()
+    pictures = [Image.fromarray(torch.randint(0, 256, (60, 90, 3)).byte().numpy()) for _ in range(3)]
+    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": "What?"}]
+    processor = AutoProcessor.from_pretrained(folder)
+    ways = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return model, processor.apply_chat_template([{"role": "user", "content": content}], **ways)
+
+
+def logits(model, inputs, **options):
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": model.config.video_token_id, **options}
+    output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    return torch.stack(output.logits, dim=1)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_an_offloaded_cache_gives_the_same_answer(chat, chunk, monkeypatch):
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", NoStream)
+    model, inputs = chat
+    expected = logits(model, inputs)
+    torch.testing.assert_close(
+        logits(model, inputs, cache_implementation="offloaded", prefill_chunk_size=chunk), expected
+    )
+    cache = DynamicCache(config=model.config.text_config, offloading=True)
+    logits(model, inputs, past_key_values=cache, prefill_chunk_size=chunk)
+    assert not any(isinstance(layer, GrowingLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_quantised_cache_holds_a_prompt_that_comes_in_chunks(chat, chunk):
+    model, inputs = chat
+    layers = model.config.text_config.num_hidden_layers
+    cache = Cache(layers=[RoundedLayer(residual_length=16) for _ in range(layers)])
+    rounded = logits(model, inputs, past_key_values=cache, prefill_chunk_size=chunk)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 3
+    assert cache.layers[0]._quantized_keys[0].dtype == torch.int8
+    torch.testing.assert_close(rounded[:, 0], logits(model, inputs)[:, 0], atol=0.2, rtol=0.2)
