@@ -7,7 +7,6 @@
 Shape letters: R prompts, N samples of all prompts, D depth, H channels, K codes.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import ModelOutput
 
 from .cache_vila import grow_in_place
+from .context_vila import context_length
 from .generation_vila import VilaGenerationMixin
 from .sampling_vila_u import DRAWING_DEFAULTS, Sampling, check_count, check_number, code_filters
 
@@ -38,14 +38,6 @@ class VilaUDrawingOutput(ModelOutput):
     sequences: torch.Tensor | None = None
     pixel_values: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-
-
-def context_length(text_config: Any) -> float:
-    """Positions that the language model was made for, scaled rope included."""
-    length = getattr(text_config, "max_position_embeddings", None) or math.inf
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    # of other kinds the length is the scaled one already
-    return length * (rope["factor"] if rope.get("rope_type") in ("linear", "dynamic") else 1)
 
 
 def join_left_padded(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

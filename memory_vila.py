@@ -72,8 +72,7 @@ class MemoryPlan:
         self.config, self.text, self.weights = config, config.text_config, weights
         self.frame_wrapping, self.text_tokens, self.value_bytes = frame_wrapping, text_tokens, value_bytes
         self.cache_bits, self.attention, self.chunk = cache_bits, attention, chunk
-        self.head_size = getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
-        self.key_heads = getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
+        self.key_heads, self.head_size = key_shape(self.text)
 
     def need(self, frames: int) -> Need:
         tokens = self.tokens(frames)
@@ -86,7 +85,7 @@ class MemoryPlan:
 
     def cache_bytes(self, tokens: int) -> int:
         """Keys and values of all layers."""
-        values = 2 * self.text.num_hidden_layers * self.key_heads * self.head_size
+        values = cached_values(self.text)
         if self.cache_bits is None:
             return (tokens + ROOM) * values * self.value_bytes
         # one layer is there as it was, while it is attended to
@@ -149,6 +148,18 @@ class MemoryPlan:
                 f"| {need.frames} | {need.tokens} | {gigabytes} | {'yes' if need.tokens <= context else 'no'} |"
             )
         return "\n".join(lines)
+
+
+def key_shape(text_config: Any) -> tuple[int, int]:
+    """Heads of keys and values, and numbers of each."""
+    heads = text_config.num_attention_heads
+    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return getattr(text_config, "num_key_value_heads", None) or heads, size
+
+
+def cached_values(text_config: Any) -> int:
+    """Numbers that the cache of all layers holds of one token."""
+    return 2 * text_config.num_hidden_layers * math.prod(key_shape(text_config))
 
 
 def in_gigabytes(size: int) -> str:

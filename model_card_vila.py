@@ -15,6 +15,7 @@ from PIL import Image
 
 from .configuration_vila import first
 from .families_vila import VILA_HD, VILA_U
+from .memory_vila import cached_values
 from .staging_vila import Staged
 from .tokenizer_files_vila import read_json
 
@@ -237,10 +238,7 @@ def number_bytes(config: Any) -> int:
 
 def kv_bytes_per_token(config: Any) -> int:
     """Bytes of keys and values that the language model keeps of one token, in the model's dtype."""
-    text = config.text_config
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width * number_bytes(config)
+    return cached_values(config.text_config) * number_bytes(config)
 
 
 def memory_table(config: Any, weight_bytes: int, picture_tokens: int, picture_bytes: int) -> list[dict[str, Any]]:

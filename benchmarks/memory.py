@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 from vila.geometry_vila import TileGrid, num_image_tokens, num_tiles
+from vila.memory_vila import cached_values
 from vila.original_config_vila import to_vila_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -38,8 +39,7 @@ def row(name: str) -> str:
     # `parameters` counts shared ones once
     weights = BYTES * sum(parameter.numel() for parameter in model.parameters())
     text = config.text_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head * BYTES
+    cache = cached_values(text) * BYTES
     tokens, tiles = picture(config, root["image_aspect_ratio"])
     pixels = tiles * 3 * tower["image_size"] ** 2 * BYTES
     # the release's own limit where the language model's is not known
