@@ -27,8 +27,9 @@ $(VENV)/gptq: tests/gptq-requirements.txt $(INSTALLED)
 		--target $@ --upgrade --requirement $<
 	touch $@
 
+# a file's tests share what they convert: they run in one process
 test: lint
-	$(PYTHON) -m pytest -c tests/pytest.ini tests
+	$(PYTHON) -m pytest -c tests/pytest.ini -n auto --dist loadfile tests
 
 test-slow: $(INSTALLED) $(VENV)/gptq
 	$(PYTHON) -m pytest -c tests/pytest.ini -m slow tests
