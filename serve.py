@@ -6,6 +6,7 @@
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -88,7 +89,9 @@ def model_manager_of(checkpoint: Checkpoint, policy: MediaPolicy) -> type:
         def _load_model(self, name: str, *args: Any, **kwargs: Any) -> Any:
             self.check_name(name)
             # the stock way, with its options, from the folder that loads
-            return super()._load_model(f"{checkpoint.folder}@main", *args, **kwargs).eval()
+            model = super()._load_model(f"{checkpoint.folder}@main", *args, **kwargs).eval()
+            model.generate = saying_no_in_one_line(model.generate)
+            return model
 
         def check_name(self, name: str) -> None:
             if name != self.process_model_name(str(self.force_model)):
@@ -128,6 +131,20 @@ def build_served_app(build: Callable[..., Any], policy: MediaPolicy, context: in
 
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=2 * policy.max_bytes)
     return app
+
+
+def saying_no_in_one_line(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate()` whose refusals may stand in a line of a stream, into which the server writes them as they are."""
+
+    @functools.wraps(generate)
+    def generate_or_refuse(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return generate(*args, **kwargs)
+        except ValueError as error:
+            message = " ".join(str(error).split())
+            raise ValueError(message.replace("\\", "/").replace('"', "'")) from error
+
+    return generate_or_refuse
 
 
 def checked(validate: Callable[[dict], Any], context: int) -> Callable[[dict], Any]:
