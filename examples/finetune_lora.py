@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="finetune_lora.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(CHECKPOINT), help="folder or Hub id (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "arrow-lora", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=200, help=f"of {BATCH_SIZE} rows (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=220, help=f"of {BATCH_SIZE} rows (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
