@@ -39,11 +39,12 @@ def plot(rows: list[dict[str, Any]], target: Path) -> None:
         below.plot(*zip(*points), label=trial, linestyle="-" if number < 10 else "--", marker=".", linewidth=1)
     below.set(xlabel="conversations", ylabel="accuracy, validation split", ylim=(0, 1.02))
     below.legend(fontsize="small", ncols=2)
-    for stage in dict.fromkeys(row["stage"] for row in rows):
+    for number, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
         start = min(row["total"] for row in rows if row["stage"] == stage)
         for axes in (above, below):
             axes.axvline(start, color="grey", linewidth=0.5)
-        above.text(start, 1.02, stage, transform=above.get_xaxis_transform(), fontsize="small")
+        # short stages would write over each other
+        above.text(start, 1.02 + 0.09 * (number % 4), stage, transform=above.get_xaxis_transform(), fontsize="small")
     figure.tight_layout()
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
