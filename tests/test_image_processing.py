@@ -762,7 +762,7 @@ def test_tensors_are_of_the_kind_asked_for(kind, container):
     ("options", "match"),
     [
         ({"max_tiles": "12"}, "max_tiles"),
-        ({"min_tiles": object()}, "min_tiles"),
+        ({"min_tiles": ...}, "min_tiles"),
         ({"background_color": 7}, "background_color"),
         ({"tile_multiple_images": "SECRET"}, "tile_multiple_images"),
         ({"media_policy": "SECRET"}, "media_policy"),

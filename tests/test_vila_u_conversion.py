@@ -175,7 +175,7 @@ TOWER = "vision_tower/config.json"
         (TOWER, put("rqtransformer", "head", "block", "n_head", value=5), "depth_num_heads"),
         (TOWER, put("rqtransformer", "head", "n_layer", value=10**9), "depth_num_layers"),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: getattr(value, "__name__", str(value))[:30],
 )
 def test_checkpoints_without_sense_are_refused_by_name(tmp_path, file, change, message):
     source = edited(tmp_path, file, change)
