@@ -10,7 +10,8 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test test-slow nano lint format docs clean
 
 # torch first and under its exact version: resolving it as a dependency may choose another, larger build.
-# autoawq, the oracle of the int4 tests, for the same reason without what it asks for (its build wants torch, too)
+# autoawq, the oracle of the int4 tests, for the same reason without what it asks for (its build wants torch, too).
+# Pillow last: gradio asks for one below 13, which enlarges some pictures differently from the goldens, and works with 13
 $(INSTALLED): pyproject.toml
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
