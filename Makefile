@@ -17,6 +17,7 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation autoawq==0.2.9
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade 'pillow>=13'
 	touch $@
 
 # draws pictures and a clip, asks vila-nano about them and judges its answers; or describes $(PICTURE)
