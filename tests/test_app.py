@@ -260,13 +260,17 @@ def test_leaving_stops_generate(demo, uploads):
     hook = demo.model.register_forward_hook(lambda *_: made.append(1))
     message = {"text": QUESTION, "files": [str(uploads / "naming_0.jpg")]}
 
-    async def ask_and_leave():
+    async def ask(until_first):
         async with aclosing(demo.answer(message, [], 1500, 0)) as shown:
             async for _ in shown:
-                return
+                if until_first:
+                    return
+
+    def ask_and_leave():
+        return ask(until_first=True)
 
     async def ask_and_cancel():
-        task = asyncio.create_task(ask_and_leave())
+        task = asyncio.create_task(ask(until_first=False))
         while not made:
             await asyncio.sleep(0.01)
         task.cancel()
