@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from contextlib import suppress
 
 import pytest
 from conftest import COMMITTED_GOLDENS
@@ -84,8 +85,12 @@ def visit(browser):
 
 
 def upload(page, *files):
-    page.locator("input[type=file]").first.set_input_files([str(file) for file in files])
-    page.locator(".thumbnail-item, .thumbnails img, .thumbnails video").nth(len(files) - 1).wait_for()
+    shown = page.locator(".thumbnail-item, .thumbnails img, .thumbnails video").nth(len(files) - 1)
+    for _ in range(3):  # a page that is still loading may not listen yet
+        page.locator("input[type=file]").first.set_input_files([str(file) for file in files])
+        with suppress(playwright.TimeoutError):
+            return shown.wait_for(timeout=PATIENCE / 3)
+    raise AssertionError("uploaded files are not shown")
 
 
 def ask(page, text, answers=1):
@@ -188,6 +193,10 @@ def test_an_edited_answer_is_what_the_chat_goes_on_with(visit, nano, monkeypatch
     page.get_by_label("Submit").first.click()
     page.get_by_text("General Kenobi").wait_for()
     ask(page, "Again.", answers=2)
+    for _ in range(PATIENCE // 100):
+        if len(asked) > 1:
+            break
+        page.wait_for_timeout(100)
     assert [block["text"] for turn in asked[-1] for block in turn["content"]] == [
         "Hello there.",
         "General Kenobi",
