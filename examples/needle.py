@@ -157,7 +157,13 @@ def main(arguments: list[str]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     asker = Asker(options.model, options.dtype)
     measure(asker, options)
-    if not asker.parallel or dist.get_rank() == 0:
+    if asker.parallel:
+        rank = dist.get_rank()
+        dist.barrier()  # a process that ends while others still talk to it takes them with it
+        dist.destroy_process_group()
+    else:
+        rank = 0
+    if rank == 0:
         answers = read(options.output / ANSWERS)
         draw({options.output.name: answers}, options.output / PICTURE)
         right = sum(answer["right"] for answer in answers)
