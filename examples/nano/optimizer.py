@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-MATRICES = (".encoder.layers.", ".language_model.layers.")
+MATRICES = (".encoder.layers.", ".language_model.layers.", ".depth_transformer.layers.")
 
 
 class MuonAdamW(torch.optim.Optimizer):

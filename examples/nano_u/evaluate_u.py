@@ -1,0 +1,128 @@
+"""Scores a VILA-U on drawn scenes: `python examples/nano_u/evaluate_u.py --model DIR`.
+
+- drawing: share of its pictures that show what was asked for, by `drawn_judge`, for several guidance scales; half of
+  the things are pairs of colour and shape that were never trained on;
+- reconstruction: PSNR on the pixels of things, by how many codes of every position are decoded;
+- understanding: its answers about those of its own pictures that are right.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
+
+import torch
+from codes_training import quality
+from drawn_judge import is_right
+from drawn_scenes import DESCRIBED, SIDE, Scene, draw_scene, questions
+from episodes import image_block, text_block
+from judge import check_words, wilson
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor
+
+DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "vila-u-nano"
+SAMPLES, BATCH_SIZE = 200, 50
+SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+ZOOM, COLUMNS, CAPTION = 2, 6, 14
+
+
+def scenes(count: int, seed: int, relations: Any = None) -> list[Scene]:
+    """Scenes of the test split."""
+    chosen = {"relations": relations} if relations else {}
+    return [draw_scene(random.Random(f"draw/{seed}/{index}"), "test", **chosen) for index in range(count)]
+
+
+@torch.no_grad()
+def draw(model: Any, processor: Any, asked: list[Scene], scale: float, seed: int, progress: Any) -> list[Image.Image]:
+    """A picture of each scene; the same for the same seed."""
+    generator, pictures = torch.Generator(model.device).manual_seed(seed), list[Image.Image]()
+    for start in range(0, len(asked), BATCH_SIZE):
+        texts = [scene.text for scene in asked[start : start + BATCH_SIZE]]
+        inputs = processor(text=texts, generation_mode="image", return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, generation_mode="image", guidance_scale=scale, generator=generator)
+        pictures += processor.post_process_multimodal_output(output.pixel_values, generation_mode="image")
+        progress.update(len(texts))
+    return pictures
+
+
+@torch.no_grad()
+def understand(model: Any, processor: Any, shown: list[tuple[Scene, Image.Image]], seed: int) -> tuple[int, int]:
+    """Right answers and questions, every question in a chat of its own."""
+    rng, chats, expected = random.Random(f"ask/{seed}"), [], []
+    for scene, picture in shown:
+        for question, text in questions(rng, scene):
+            chats.append([{"role": "user", "content": [image_block(picture), text_block(question)]}])
+            expected.append(text)
+    right = 0
+    for start in range(0, len(chats), BATCH_SIZE):
+        inputs = processor.apply_chat_template(
+            chats[start : start + BATCH_SIZE],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(model.device)
+        output = model.generate(**inputs, do_sample=False)
+        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += sum(map(check_words, answers, expected[start : start + BATCH_SIZE]))
+    return right, len(chats)
+
+
+def contact_sheet(asked: list[Scene], pictures: list[Image.Image]) -> Image.Image:
+    """Pictures with the texts that asked for them."""
+    side = SIDE * ZOOM
+    rows = -(-len(pictures) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * side, rows * (side + 2 * CAPTION)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (scene, picture) in enumerate(zip(asked, pictures)):
+        x, y = number % COLUMNS * side, number // COLUMNS * (side + 2 * CAPTION)
+        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        text = scene.text if scene.relation is None else scene.text.replace(f" {scene.relation} ", f"\n{scene.relation} ")
+        pen.multiline_text((x + 2, y + side), text, fill="black", spacing=0, font_size=10)
+    return sheet
+
+
+def row(right: int, total: int) -> dict[str, Any]:
+    return {"score": right / total, "interval": wilson(right, total), "questions": total}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="evaluate_u.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or Hub id (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of requests and draws (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="pictures per scale (default: %(default)s)")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of guidance (default: 1 to 6)")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
+    parser.add_argument("--sheet", type=Path, help="a picture of the first drawings goes here")
+    options = parser.parse_args(arguments)
+    if options.samples < 1:
+        parser.error("--samples must be at least 1")
+    model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype).eval()
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    asked = scenes(options.samples, options.seed)
+    found: dict[str, Any] = {"drawing": {}}
+    with tqdm(total=len(asked) * (len(options.scales) + 1), unit="picture", file=sys.stderr) as progress:
+        for scale in options.scales:
+            pictures = draw(model, processor, asked, scale, options.seed, progress)
+            found["drawing"][scale] = row(sum(map(is_right, asked, pictures)), len(asked))
+        found["best"] = max(options.scales, key=lambda scale: found["drawing"][scale]["score"])
+        described = scenes(options.samples, options.seed + 1, DESCRIBED)
+        pictures = draw(model, processor, described, found["best"], options.seed, progress)
+    shown = [(scene, picture) for scene, picture in zip(described, pictures) if is_right(scene, picture)]
+    found["understanding"] = row(*understand(model, processor, shown, options.seed)) if shown else None
+    found["reconstruction"] = quality(model.model)
+    if options.sheet:
+        contact_sheet(described[: 4 * COLUMNS], pictures).save(options.sheet)
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"evaluate_u.py: {error}")
