@@ -23,8 +23,9 @@ if not __package__:  # run as a script: this folder, whatever its name, is the p
     spec.loader.exec_module(sys.modules["vila"])
     __package__ = "vila"
 
+from .commands_vila import USER_ERRORS, one_line
 from .demo_vila import Demo, Message, explain
-from .infer import USER_ERRORS, policy_change
+from .infer import policy_change
 from .loading_vila import DTYPES
 
 DEFAULT_MODEL = FOLDER / "checkpoints" / "vila-nano"
@@ -198,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
             address = {"server_name": options.host, "server_port": options.port, "share": options.share}
             build_page(demo).launch(**address, allowed_paths=[str(EXAMPLES)], max_file_size=demo.policy.max_bytes)
         except USER_ERRORS as error:
-            sys.exit(f"vila-demo: {' '.join(str(error).split())}")
+            sys.exit(f"vila-demo: {one_line(error)}")
 
 
 if __name__ == "__main__":

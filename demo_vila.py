@@ -20,9 +20,10 @@ from PIL import Image, ImageOps
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.utils import logging
 
+from .commands_vila import USER_ERRORS, one_line
 from .generation_vila_u import VilaUPictureStreamer
 from .image_loading_vila import open_image
-from .infer import USER_ERRORS, VIDEO_SUFFIXES, clip_duration
+from .infer import VIDEO_SUFFIXES, clip_duration
 from .loading_vila import Checkpoint, checkpoint_name
 from .media_policy_vila import MediaPolicy
 
@@ -222,7 +223,7 @@ def failure(title: str, text: str) -> Message:
 def explain(error: Exception) -> str:
     """What a visitor is told."""
     if isinstance(error, USER_ERRORS):
-        return " ".join(str(error).split())
+        return one_line(error)
     logger.error("A visitor's request failed.", exc_info=error)
     return "This should not have happened; the server's log tells more."
 

@@ -78,7 +78,7 @@ def as_options(parameters: Any) -> dict[str, Any]:
     """The request's parameters, checked.
 
     Raises:
-        ValueError: naming the parameter that is unknown, of the wrong type or out of range.
+        ValueError: naming the parameter that is of the wrong type or out of range, or those known.
     """
     if not isinstance(parameters, (dict, type(None))):
         raise ValueError("parameters must be an object")

@@ -20,11 +20,11 @@ from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .commands_vila import INTERRUPTED, one_line
 from .loading_vila import check_device
 from .model_card_vila import CardOptions, is_llama3_card, model_card
 from .staging_vila import CARD, Staged, StagedFile, check_loads, inside, stage
 
-INTERRUPTED = 130
 CONFLICTS, FORBIDDEN = (409, 412), (401, 403)
 # what an older upload may have left, and engines would still read: they take every weight file at the root
 STALE = ("*.safetensors", "*.safetensors.index.json")
@@ -131,7 +131,7 @@ def explain(error: BaseException, repo: str) -> str:
         return f"{repo} has got another commit meanwhile; nothing of this one is in it: run the command again"
     if status in FORBIDDEN:
         return f"the token may not write to {repo} ({status}): `hf auth login` with a token of the role write"
-    return " ".join(f"{error} {cause or ''}".split())
+    return one_line(f"{error} {cause or ''}")
 
 
 def run(options: argparse.Namespace) -> str:

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError
 from transformers import TextStreamer
 from transformers.utils import logging
 
 from .chat_templates_vila import CONV_MODES
+from .commands_vila import INTERRUPTED, PIPE_CLOSED, USER_ERRORS, one_line
 from .configuration_vila_hd import LOOK_CLOSE_MODES
 from .drawing_vila_u import draw
 from .families_vila import VILA
@@ -39,8 +39,6 @@ logger = logging.get_logger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
-USER_ERRORS = (OSError, ValueError, SafetensorError, torch.OutOfMemoryError)
-INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells count: 128 and the signal's number
 
 # behind a blank or an ideograph; what follows may still change with the next token
 WORD_END = re.compile(r".*[\s\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]", re.DOTALL)
@@ -344,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(PIPE_CLOSED)
     except USER_ERRORS as error:
         message, bar, table = str(error).partition("\n|")  # what would fit, where the prompt does not
-        sys.exit(f"vila-infer: {' '.join(message.split())}{bar}{table}")
+        sys.exit(f"vila-infer: {one_line(message)}{bar}{table}")
 
 
 if __name__ == "__main__":

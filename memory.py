@@ -5,20 +5,17 @@ Computed from the config: no weights are read.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 
+from .commands_vila import USER_ERRORS
 from .context_vila import context_length
 from .loading_vila import Checkpoint
 from .memory_vila import PREFILL_CHUNK, TEXT_TOKENS, MemoryPlan, in_gigabytes, weight_bytes
-
-USER_ERRORS = (OSError, ValueError, KeyError, HFValidationError, json.JSONDecodeError)
 
 
 def plan_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[MemoryPlan, int]:
@@ -52,25 +49,25 @@ def report(plan: MemoryPlan, frames: int, context: float, memory: int) -> str:
         ValueError: if the frames do not fit the context; the table comes with it.
     """
     limit = context_length(plan.text)
-    table = plan.table(plan.shown_frames(frames), min(context, limit))
+    usable = min(context, limit)
+    fitting = max(plan.most_frames(usable), 0) if usable < math.inf else math.inf
+    table = plan.table(plan.shown_frames(frames), usable)
     need = plan.need(frames)
     if context > limit and context < math.inf:
         raise ValueError(
             f"a context of {context} tokens is asked for, the model was made for {limit} "
             f"(text_config.max_position_embeddings)\n{table}"
         )
-    if need.tokens > min(context, limit):
+    if need.tokens > usable:
         raise ValueError(
-            f"{frames} frames take {need.tokens} tokens, more than the {min(context, limit)} of the context: "
-            f"{max(plan.most_frames(min(context, limit)), 0)} frames fit\n{table}"
+            f"{frames} frames take {need.tokens} tokens, more than the {usable} of the context: "
+            f"{fitting} frames fit\n{table}"
         )
     lines = [table, ""]
-    if min(context, limit) < math.inf:
-        lines.append(
-            f"{min(context, limit)} tokens of context hold {max(plan.most_frames(min(context, limit)), 0)} frames"
-        )
-    fitting = plan.most_frames(total=memory)
-    held = f"hold {fitting} frames" if fitting >= 0 else "do not hold the model"
+    if usable < math.inf:
+        lines.append(f"{usable} tokens of context hold {fitting} frames")
+    held_frames = plan.most_frames(total=memory)
+    held = f"hold {held_frames} frames" if held_frames >= 0 else "do not hold the model"
     lines.append(f"{in_gigabytes(memory)} GB of memory {held}; {frames} frames take {in_gigabytes(need.total)} GB")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
+from .commands_vila import one_line
 from .configuration_vila import first
 from .families_vila import VILA_HD, VILA_U
 from .memory_vila import cached_values
@@ -111,14 +112,14 @@ def load_parts(staged: Staged) -> tuple[Any, Any]:
         config = staged.family.config_class.from_pretrained(staged.folder)
         return config, staged.family.processor_class.from_pretrained(staged.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"config or processor do not load: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config or processor do not load: {one_line(error)}") from error
 
 
 def read_card(text: str) -> ModelCard:
     try:
         return ModelCard(text, ignore_metadata_errors=True)
     except Exception as error:  # of the YAML parser, too
-        raise ValueError(f"the front matter of README.md cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the front matter of README.md cannot be read: {one_line(error)}") from error
 
 
 def card_data(staged: Staged, config: Any, options: CardOptions, known: Any) -> ModelCardData:

@@ -12,19 +12,17 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
+from .commands_vila import INTERRUPTED, USER_ERRORS, one_line
 from .families_vila import FAMILIES
 from .loading_vila import Checkpoint
 from .media_policy_vila import MediaPolicy
 
 logger = logging.get_logger(__name__)
 
-USER_ERRORS = (OSError, ValueError, SafetensorError)
-INTERRUPTED = 130  # as shells count: 128 and the signal's number
 
 # what is served; the others take sound, load other models or unload this one
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health", "/load_model")
@@ -125,7 +123,7 @@ def build_served_app(build: Callable[..., Any], policy: MediaPolicy, context: in
     @app.exception_handler(ValueError)
     async def refuse(_request: Request, error: ValueError) -> JSONResponse:
         """A request that cannot be answered, in OpenAI's form; clients do not try it again, as they would a 500."""
-        message = " ".join(str(error).split())
+        message = one_line(error)
         logger.warning(f"Refused a request: {message}")
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
 
@@ -141,7 +139,7 @@ def saying_no_in_one_line(generate: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return generate(*args, **kwargs)
         except ValueError as error:
-            message = " ".join(str(error).split())
+            message = one_line(error)
             raise ValueError(message.replace("\\", "/").replace('"', "'")) from error
 
     return generate_or_refuse
@@ -295,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except USER_ERRORS as error:
-        sys.exit(f"vila-serve: {' '.join(str(error).split())}")
+        sys.exit(f"vila-serve: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 from vila import hub_upload, staging_vila
+from vila.commands_vila import INTERRUPTED
 from vila.conversion_vila import convert
 from vila.hub_upload import explain, main, prepare, upload
 from vila.model_card_vila import CardOptions
@@ -513,7 +514,7 @@ def test_an_interrupted_command_ends_quietly(command, sharded, monkeypatch, caps
     monkeypatch.setattr(hub_upload, "check_loads", interrupt)
     with pytest.raises(SystemExit) as ended:
         command(sharded, REPO, "--dry-run", "--license", "mit")
-    assert ended.value.code == hub_upload.INTERRUPTED
+    assert ended.value.code == INTERRUPTED
     assert capsys.readouterr().err.endswith("stopped; the same command goes on where it was\n")
 
 
