@@ -28,6 +28,8 @@ PAIR_MASK, PAIR_128 = 0x000F000F, 0x43004300
 ZERO_128 = 128
 # more rows than that are faster by way of a dequantised copy
 FEW_ROWS = 32
+# that are dequantised at a time
+CACHED_WEIGHTS = 10**6
 KERNEL_GROUPS = (32, 64, 128, 256)
 CUDA_INNER_TILES = 8
 HEAD_ROWS = 2**14  # that are rounded at a time
@@ -109,19 +111,21 @@ class Int4Linear(nn.Module):
         return values.sub_(zeros).mul_(self.scales.to(dtype).unsqueeze(1)).flatten(0, 1)
 
     def _dequantize_bfloat16(self) -> torch.Tensor:
-        """Group by group, which stays in the caches of a CPU, and without a conversion of integers."""
-        zeros = unpack_int4(self.qzeros).to(torch.bfloat16) + ZERO_128
-        scales = self.scales.to(torch.bfloat16)
+        """A few groups at a time, which stay in the caches of a CPU, and without a conversion of integers."""
+        zeros = (unpack_int4(self.qzeros).to(torch.bfloat16) + ZERO_128).unsqueeze(1)
+        scales = self.scales.to(torch.bfloat16).unsqueeze(1)
         shape = (self.in_features, self.out_features)
         weights = torch.empty(shape, dtype=torch.bfloat16, device=self.qweight.device)
-        pairs = weights.view(torch.int32).unflatten(1, (-1, PER_INT32 // 2))
-        for group in range(len(zeros)):
-            rows = slice(group * self.group_size, (group + 1) * self.group_size)
-            packed = self.qweight[rows]
-            for pair in range(PER_INT32 // 2):
-                nibbles = (packed >> (BITS * pair)).bitwise_and_(PAIR_MASK)
-                torch.bitwise_or(nibbles, PAIR_128, out=pairs[rows, :, pair])
-            weights[rows].sub_(zeros[group]).mul_(scales[group])
+        shifts = torch.arange(0, BITS * PER_INT32 // 2, BITS, dtype=torch.int32, device=weights.device)
+        packed = self.qweight.view(len(zeros), self.group_size, -1, 1)
+        pairs = weights.view(torch.int32).view(*packed.shape[:-1], len(shifts))
+        values = weights.view(len(zeros), self.group_size, -1)
+        count = max(1, CACHED_WEIGHTS // values[0].numel())
+        for start in range(0, len(zeros), count):
+            chunk = slice(start, start + count)
+            torch.bitwise_right_shift(packed[chunk], shifts, out=pairs[chunk])
+            pairs[chunk].bitwise_and_(PAIR_MASK).bitwise_or_(PAIR_128)
+            values[chunk].sub_(zeros[chunk]).mul_(scales[chunk])
         return weights
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
