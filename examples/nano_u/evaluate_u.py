@@ -1,7 +1,7 @@
 """Scores a VILA-U on drawn scenes: `python examples/nano_u/evaluate_u.py --model DIR`.
 
-- drawing: share of its pictures that show what was asked for, by `drawn_judge`, for several guidance scales; half of
-  the things are pairs of colour and shape that were never trained on;
+- drawing: share of its pictures that show what was asked for, by `drawn_judge`, for several guidance scales;
+- unseen: the same, where half of the things are pairs of colour and shape that were never trained on;
 - reconstruction: PSNR on the pixels of things, by how many codes of every position are decoded;
 - understanding: its answers about those of its own pictures that are right.
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 import torch
 from codes_training import quality
 from drawn_judge import is_right
-from drawn_scenes import DESCRIBED, SIDE, Scene, draw_scene, questions
+from drawn_scenes import DESCRIBED, RELATIONS, SIDE, Scene, draw_scene, questions
 from episodes import image_block, text_block
 from judge import check_words, wilson
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
+from vocabulary import Split
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "vila-u-nano"
 SAMPLES, BATCH_SIZE = 200, 50
+SPLITS: dict[str, Split] = {"drawing": "validation", "unseen": "test"}
 SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 ZOOM, COLUMNS, CAPTION = 2, 6, 14
 
 
-def scenes(count: int, seed: int, relations: Any = None) -> list[Scene]:
-    """Scenes of the test split."""
-    chosen = {"relations": relations} if relations else {}
-    return [draw_scene(random.Random(f"draw/{seed}/{index}"), "test", **chosen) for index in range(count)]
+def scenes(count: int, seed: int, split: Split, relations: tuple[str, ...] = tuple(RELATIONS)) -> list[Scene]:
+    """Scenes to ask for; those of the split `test` have pairs that were never trained on."""
+    return [draw_scene(random.Random(f"draw/{seed}/{index}"), split, relations) for index in range(count)]
 
 
 @torch.no_grad()
@@ -82,7 +84,7 @@ def contact_sheet(asked: list[Scene], pictures: list[Image.Image]) -> Image.Imag
     for number, (scene, picture) in enumerate(zip(asked, pictures)):
         x, y = number % COLUMNS * side, number // COLUMNS * (side + 2 * CAPTION)
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        text = scene.text if scene.relation is None else scene.text.replace(f" {scene.relation} ", f"\n{scene.relation} ")
+        text = scene.text.replace(f" {scene.relation} ", f"\n{scene.relation} ")
         pen.multiline_text((x + 2, y + side), text, fill="black", spacing=0, font_size=10)
     return sheet
 
@@ -104,14 +106,14 @@ def main(arguments: list[str]) -> None:
         parser.error("--samples must be at least 1")
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype).eval()
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
-    asked = scenes(options.samples, options.seed)
-    found: dict[str, Any] = {"drawing": {}}
-    with tqdm(total=len(asked) * (len(options.scales) + 1), unit="picture", file=sys.stderr) as progress:
-        for scale in options.scales:
+    found: dict[str, Any] = {name: {} for name in SPLITS}
+    with tqdm(total=options.samples * (len(SPLITS) * len(options.scales) + 1), unit="picture") as progress:
+        for (name, split), scale in product(SPLITS.items(), options.scales):
+            asked = scenes(options.samples, options.seed, split)
             pictures = draw(model, processor, asked, scale, options.seed, progress)
-            found["drawing"][scale] = row(sum(map(is_right, asked, pictures)), len(asked))
+            found[name][scale] = row(sum(map(is_right, asked, pictures)), len(asked))
         found["best"] = max(options.scales, key=lambda scale: found["drawing"][scale]["score"])
-        described = scenes(options.samples, options.seed + 1, DESCRIBED)
+        described = scenes(options.samples, options.seed + 1, SPLITS["drawing"], DESCRIBED)
         pictures = draw(model, processor, described, found["best"], options.seed, progress)
     shown = [(scene, picture) for scene, picture in zip(described, pictures) if is_right(scene, picture)]
     found["understanding"] = row(*understand(model, processor, shown, options.seed)) if shown else None

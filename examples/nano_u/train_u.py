@@ -78,7 +78,9 @@ def rows_done(checkpoint: str | None, batch: int) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] * batch
 
 
-def run(trainee: Any, folder: Path, options: argparse.Namespace, steps: int, batch: int, rate: float, **data: Any) -> None:
+def run(
+    trainee: Any, folder: Path, options: argparse.Namespace, steps: int, batch: int, rate: float, **data: Any
+) -> None:
     """One stage; goes on from its last checkpoint. `data`: a dataset by its first row, and its collator."""
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer = Trainer(
@@ -130,8 +132,9 @@ def main(arguments: list[str]) -> None:
         if not (folder / FINAL / "config.json").is_file():
             stage(current, folder, options)
         current = folder / FINAL
-    save(AutoModel.from_pretrained(current, dtype="float32"), AutoProcessor.from_pretrained(current), options.output / FINAL, torch.bfloat16)
-    sys.stdout.write(f"{options.output / FINAL}\n")
+    model, final = AutoModel.from_pretrained(current, dtype="float32"), options.output / FINAL
+    save(model, AutoProcessor.from_pretrained(current), final, torch.bfloat16)
+    sys.stdout.write(f"{final}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,229 @@
+"""The recipe of examples/nano_u: frozen scenes and judge, codes that learn, stages that go on where they were stopped."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import random
+
+import build_u
+import drawn_scenes
+import evaluate_u
+import PIL
+import pytest
+import torch
+import train_u
+from codes_training import CodesTraining, LabelledScenes, psnr, quality
+from drawing import Thing
+from drawn_judge import is_right, look
+from drawn_scenes import DESCRIBED, SIDE, DrawnScenes, Scene, draw_picture, draw_scene, questions
+from PIL import Image
+from torch.utils.data import default_collate
+from transformers import AutoModel, AutoProcessor
+from vila.training_vila_u import VilaUDataCollator
+from vocabulary import HELD_OUT_PAIRS
+
+FROZEN_TEXTS = "84db283c1b12b4355b1afebc8bbc47796f45cd261fefcaa1336a79788842dd84"
+FROZEN_PIXELS = "7ed1c1ed34a156213bb32fdd1d9e86d1166bc38548e17a0e3aa2b21fe77d6ad9"
+FROZEN_WITH = "13.0.0"
+PAIR = Scene((Thing("red", "circle", 18, 30, 10), Thing("blue", "square", 46, 33, 11)), "left of")
+
+
+def asked(split, count=100):
+    return evaluate_u.scenes(count, 0, split)
+
+
+def drawn(scene, seed=0):
+    return draw_picture(random.Random(seed), scene)
+
+
+def shrink(monkeypatch):
+    """Sizes of a model of the same form, but much smaller."""
+    text, vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}, {"num_hidden_layers": 1}
+    monkeypatch.setattr(build_u, "TEXT", {**build_u.TEXT, **text})
+    monkeypatch.setattr(build_u, "VISION", {**build_u.VISION, **vision})
+    monkeypatch.setattr(build_u, "CODES", {**build_u.CODES, "depth_hidden_size": 48, "depth_num_layers": 1})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        return build_u.build(tmp_path_factory.mktemp("nano_u") / "untrained")
+
+
+def test_the_model_fits_into_its_file():
+    with torch.device("meta"):
+        model = build_u.build_model(build_u.build_config(build_u.build_tokenizer()))
+    assert 5e6 < model.num_parameters() < 16e6 / 2
+
+
+# ------------------------------------------------------------------------------------------------ scenes and judge
+
+
+def test_what_is_asked_for_is_frozen():
+    texts, pixels = hashlib.sha256(), hashlib.sha256()
+    for split in evaluate_u.SPLITS.values():
+        for number, scene in enumerate(asked(split)):
+            texts.update(repr((scene.text, questions(random.Random(number), scene))).encode())
+            pixels.update(drawn(scene, number).tobytes())
+    assert texts.hexdigest() == FROZEN_TEXTS
+    if PIL.__version__ == FROZEN_WITH:
+        assert pixels.hexdigest() == FROZEN_PIXELS
+
+
+def test_unseen_pairs_are_asked_for_in_their_row_only():
+    def pairs(split):
+        return {(thing.colour, thing.shape) for scene in asked(split, 200) for thing in scene.things}
+
+    assert not pairs("validation") & HELD_OUT_PAIRS
+    assert pairs("test") >= HELD_OUT_PAIRS
+    rows = itertools.islice(DrawnScenes(drawing=1.0), 300)
+    texts = " ".join(row["messages"][0]["content"][0]["text"] for row in rows)
+    assert not any(f"{colour} {shape}" in texts for colour, shape in HELD_OUT_PAIRS)
+
+
+@pytest.mark.parametrize("split", ("validation", "test"))
+def test_the_judge_finds_what_is_drawn(split):
+    assert all(is_right(scene, drawn(scene, number)) for number, scene in enumerate(asked(split, 200)))
+
+
+def other(thing_number, **change):
+    things = list(PAIR.things)
+    things[thing_number] = dataclasses.replace(things[thing_number], **change)
+    return Scene(tuple(things), PAIR.relation)
+
+
+WRONG = {
+    "another colour": other(0, colour="green"),
+    "another shape": other(1, shape="star"),
+    "the other side": Scene(tuple(reversed(PAIR.things)), PAIR.relation),
+    "another relation": Scene(PAIR.things, "above"),
+    "one thing too many": Scene(PAIR.things[:1]),
+    "one thing too few": Scene((*PAIR.things, Thing("green", "star", 30, 10, 9)), PAIR.relation),
+    "colours changed places": Scene(
+        (dataclasses.replace(PAIR.things[0], colour="blue"), dataclasses.replace(PAIR.things[1], colour="red")),
+        PAIR.relation,
+    ),
+}
+
+
+@pytest.mark.parametrize("scene", WRONG.values(), ids=WRONG)
+def test_the_judge_refuses_what_was_not_asked_for(scene):
+    assert is_right(PAIR, drawn(PAIR))
+    assert not is_right(scene, drawn(PAIR))
+
+
+@pytest.mark.parametrize("colour", ("white", "red"))
+def test_the_judge_sees_nothing_in_an_empty_picture(colour):
+    assert look(Image.new("RGB", (SIDE, SIDE), colour)) == []
+
+
+def test_the_judge_names_no_shape_for_a_smear():
+    picture = Image.new("RGB", (SIDE, SIDE), "white")
+    picture.paste((214, 38, 38), (10, 30, 54, 33))
+    picture.paste((214, 38, 38), (10, 30, 13, 50))
+    assert [piece[1] for piece in look(picture)] == [None]
+
+
+def test_answers_follow_the_scene():
+    found = dict(questions(random.Random(3), PAIR))
+    assert found[drawn_scenes.DESCRIBE] == PAIR.text == "a red circle left of a blue square"
+    for number in range(200):
+        scene = draw_scene(random.Random(number), "train", DESCRIBED)
+        kinds = {f"{thing.colour} {thing.shape}" for thing in scene.things}
+        for question, answer in questions(random.Random(number), scene):
+            if question.startswith("Is there"):
+                assert (answer == "yes") == any(kind in question for kind in kinds)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_rows_are_the_same_wherever_one_starts():
+    def rows(start, count):
+        return [row["messages"] for row in itertools.islice(DrawnScenes(start=start), count)]
+
+    assert rows(0, 6)[3:] == rows(3, 3)
+    first, again = (list(itertools.islice(LabelledScenes(8, start=start), 4)) for start in (0, 2))
+    assert torch.equal(first[3]["pixel_values"], again[1]["pixel_values"])
+
+
+def test_the_collator_takes_both_kinds_of_rows(folder):
+    processor = AutoProcessor.from_pretrained(folder)
+    batch = VilaUDataCollator(processor)(list(itertools.islice(DrawnScenes(), 12)))
+    is_code = batch["labels"] == processor.image_token_id
+    assert is_code.any(1).any() and not is_code.any(1).all()
+    assert (batch["labels"] != -100).any(1).all()
+
+
+def test_codebooks_follow_what_they_stand_for(folder, monkeypatch):
+    monkeypatch.setattr("codes_training.WARM_UP", 15)
+    torch.manual_seed(0)
+    model = AutoModel.from_pretrained(folder, dtype="float32").model
+    trainee, rows = CodesTraining(model).train(), iter(LabelledScenes(8))
+    optimizer = torch.optim.AdamW([p for p in trainee.parameters() if p.requires_grad], 2e-3)
+    tables = [table.weight.detach().clone() for table in model.quantizer.codebooks]
+    losses = []
+    for _ in range(45):
+        found = trainee(**default_collate([next(rows) for _ in range(4)]))
+        optimizer.zero_grad()
+        found["loss"].backward()
+        optimizer.step()
+        losses.append(found["reconstruction"].item())
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    for table, before in zip(model.quantizer.codebooks, tables):
+        assert not torch.equal(table.weight[:-1], before[:-1]) and table.weight.isfinite().all()
+    found = quality(trainee.train(False) and AutoModel.from_pretrained(folder, dtype="float32").model, pictures=4)
+    assert list(found) == ["mean picture", "depth 1", "depth 2", "depth 3", "depth 4"]
+
+
+def test_psnr_is_that_of_values_from_minus_one_to_one():
+    assert psnr(torch.zeros(8), torch.full((8,), 0.2)) == pytest.approx(20.0)
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    shrink(monkeypatch)
+    for name, value in {"CODES_STEPS": 4, "STEPS": 4, "SAVES": 2, "BATCH": 4, "CODES_BATCH": 2}.items():
+        monkeypatch.setattr(train_u, name, value)
+    stop = train_u.train_language
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(train_u, "train_language", stop)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_u, "train_language", interrupted)
+    options = ["--output", str(tmp_path), "--threads", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        train_u.main(options)
+    done = (tmp_path / "codes" / "final" / "model.safetensors").stat().st_mtime_ns
+    train_u.main(options)
+    assert (tmp_path / "codes" / "final" / "model.safetensors").stat().st_mtime_ns == done
+    stages = {json.loads(line)["stage"] for line in (tmp_path / "log.jsonl").read_text().splitlines()}
+    assert stages == {"codes", "language"}
+    model = AutoModel.from_pretrained(tmp_path / "final", trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    before, after = (
+        AutoModel.from_pretrained(tmp_path / name / "final", dtype="float32").state_dict()
+        for name in ("codes", "language")
+    )
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert {"language_model", "depth_transformer", "multi_modal_projector"} <= changed
+    assert not changed & {"vision_tower", "quantizer", "pixel_decoder"}
+
+
+def test_an_untrained_model_is_scored(folder, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    evaluate_u.main(
+        ["--model", str(folder), "--samples", "2", "--scales", "1", "3", "--sheet", str(sheet), "--dtype", "float32"]
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["drawing"]["1.0"]["questions"] == 2 and found["unseen"]["3.0"]["score"] == 0
+    assert found["understanding"] is None
+    assert Image.open(sheet).width == evaluate_u.COLUMNS * SIDE * evaluate_u.ZOOM
+
+
+def test_no_samples_are_refused(folder, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_u.main(["--model", str(folder), "--samples", "0"])
+    assert "--samples must be at least 1" in capsys.readouterr().err
