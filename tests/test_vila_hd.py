@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, DynamicCache, pipeline
 from vila.conversion_vila import convert
 from vila.loading_vila import Checkpoint
+from without_package import WITHOUT_PACKAGE
 
 CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
 SIZE = 280
@@ -350,15 +351,8 @@ def test_saved_model_loads_with_the_code_beside_it(model, processor, tmp_path):
     assert (saved / "modeling_vila_hd.py").is_file() and (saved / "selection_ps3.py").is_file()
 
 
-WITHOUT_PACKAGE = """
-import json, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name == "vila" or name.startswith("vila."):
-            raise ImportError("the package must not be needed")
-
-sys.meta_path.insert(0, Refuse())
+LOOK_AND_ENCODE = """
+import json
 import torch
 from transformers import AutoModel, AutoProcessor
 
@@ -380,7 +374,7 @@ json.dump({"ids": new_ids, "tokens": features.shape[1], "size": image.size}, sys
 def test_code_beside_the_weights_answers_without_the_package(folder, model, processor, tmp_path):
     encoder = convert(CASE / "checkpoint" / "vision_tower", tmp_path / "tiny-encoder")
     result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), str(encoder), json.dumps(ONE)],
+        [sys.executable, "-c", WITHOUT_PACKAGE + LOOK_AND_ENCODE, str(folder), str(encoder), json.dumps(ONE)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
