@@ -4,9 +4,11 @@ import copy
 import json
 import os
 import threading
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cache, cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 from vila.conversion_vila import convert
+from vila.modeling_vila import VilaForConditionalGeneration
+from vila.processing_vila import VilaProcessor
 
 # the models are so small that threads only wait for each other
 torch.set_num_threads(1)
@@ -87,6 +91,24 @@ def converted(tmp_path_factory):
     return convert_once
 
 
+class Loaded(NamedTuple):
+    model: VilaForConditionalGeneration
+    processor: VilaProcessor
+
+
+@pytest.fixture(scope="module")
+def load(converted):
+    """`load(case)`: the model and processor of a converted checkpoint, loaded once for all tests of a file."""
+
+    @cache
+    def load_once(case: str) -> Loaded:
+        folder = converted(case)
+        model = AutoModel.from_pretrained(folder, dtype="float32").eval()
+        return Loaded(model, AutoProcessor.from_pretrained(folder))
+
+    return load_once
+
+
 VILA_U_CASE = GoldenCase(COMMITTED_GOLDENS / "vila_u" / "image_generation")
 
 
@@ -141,12 +163,18 @@ class LoopbackServer:
         return [path for path, _ in self.requests]
 
 
-@pytest.fixture
-def loopback():
-    server = LoopbackServer()
+@contextmanager
+def serving(server):
+    """Answers in a thread of its own; `server.http` is the `HTTPServer`."""
     thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
     thread.start()
     yield server
     server.http.shutdown()
     thread.join()
     server.http.server_close()
+
+
+@pytest.fixture
+def loopback():
+    with serving(LoopbackServer()) as server:
+        yield server

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from chat_requests import encode
 from conftest import COMMITTED_GOLDENS, REPOSITORY
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -84,13 +85,7 @@ def by_hand(content):
     """The answer of the README's lines."""
     model = AutoModel.from_pretrained(DEFAULT_MODEL, trust_remote_code=True, dtype="float32").eval()
     processor = AutoProcessor.from_pretrained(DEFAULT_MODEL, trust_remote_code=True)
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = encode(processor, [{"role": "user", "content": content}])
     ids = model.generate(**inputs, min_new_tokens=LEAST, max_new_tokens=TOKENS)[0, inputs["input_ids"].shape[1] :]
     return processor.decode(ids, skip_special_tokens=True)
 

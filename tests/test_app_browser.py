@@ -6,6 +6,7 @@ import shutil
 from contextlib import suppress
 
 import pytest
+from chat_requests import encode
 from conftest import COMMITTED_GOLDENS
 
 gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'vila-hf[demo]'")
@@ -111,14 +112,7 @@ def test_an_uploaded_picture_is_asked_about(visit, nano):
         {"type": "image", "image": str(EXAMPLES / "naming_0.jpg")},
         {"type": "text", "text": "Tell me which thing is in the picture."},
     ]
-    inputs = demo.processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"media_policy": "notebook"},
-    )
+    inputs = encode(demo.processor, [{"role": "user", "content": content}], media_policy="notebook")
     ids = demo.model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert seen == demo.processor.decode(ids, skip_special_tokens=True).strip()
 

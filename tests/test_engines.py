@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from chat_requests import encode
 from conftest import COMMITTED_GOLDENS, REPOSITORY, GoldenCase
 from PIL import Image
 from safetensors.torch import load_file
@@ -183,14 +184,7 @@ def test_engine_gets_the_logits_of_the_whole_model(name, count, engines):
     shown = [dict(part) for part in messages[0]["content"]]
     for part, image in zip((part for part in shown if part["type"] == "image"), images):
         part["image"] = image
-    inputs = engine.processor.apply_chat_template(
-        [{"role": "user", "content": shown}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"tile_multiple_images": True},
-    )
+    inputs = encode(engine.processor, [{"role": "user", "content": shown}], tile_multiple_images=True)
     with torch.no_grad():
         expected = model(**inputs).logits[0, -1]
     torch.testing.assert_close(engine.logits(messages, images), expected, atol=1e-4, rtol=1e-4)

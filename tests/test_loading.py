@@ -9,6 +9,7 @@ from io import BytesIO
 
 import pytest
 import torch
+from chat_requests import encode
 from conftest import COMMITTED_GOLDENS, GoldenCase
 from PIL import Image
 from transformers import (
@@ -202,13 +203,7 @@ def test_black_and_white_pictures_give_different_logits(converted):
     processor = AutoProcessor.from_pretrained(converted(CASE))
     logits = []
     for color in ("black", "white"):
-        inputs = processor.apply_chat_template(
-            chat_with(image=Image.new("RGB", (90, 90), color)),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = encode(processor, chat_with(image=Image.new("RGB", (90, 90), color)))
         with torch.no_grad():
             logits.append(model(**inputs).logits[0, -1])
     assert (logits[0] - logits[1]).abs().max() > 1e-3

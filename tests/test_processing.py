@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoProcessor
 from transformers.processing_utils import MultiModalData
 from vila.chat_templates_vila import named_template
 from vila.chat_vila import render
@@ -32,21 +32,6 @@ TEMPLATES = {
 }
 TILE = 14
 WIDE, TALL, SMALL = (Image.new("RGB", size, "red") for size in ((60, 20), (20, 40), (10, 10)))
-
-
-@pytest.fixture(scope="module")
-def load(converted):
-    """`load(case)`: model and processor."""
-    loaded = {}
-
-    def load_once(case):
-        if case not in loaded:
-            folder = converted(case)
-            model = AutoModel.from_pretrained(folder, dtype="float32").eval()
-            loaded[case] = model, AutoProcessor.from_pretrained(folder)
-        return loaded[case]
-
-    return load_once
 
 
 @pytest.fixture(scope="module", params=CASES)

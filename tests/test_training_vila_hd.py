@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from conftest import COMMITTED_GOLDENS, REPOSITORY
+from conftest import REPOSITORY
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 from vila.conversion_vila import convert
 from vila.training_vila_hd import SELECTION_PARTS, VilaHDDataCollator, box_map, train_selection_only
 from vila.vision_vila_hd import selection_loss
+from vila_hd_requests import CASE, NONE, ONE, TWO, text
 
-CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
 SIZE = 280
 
 
@@ -29,23 +29,6 @@ def loaded(folder):
 @pytest.fixture(scope="module")
 def processor(folder):
     return AutoProcessor.from_pretrained(folder)
-
-
-def picture(number=0):
-    return {"type": "image", "path": str(CASE / f"input_{number}.png")}
-
-
-def text(content):
-    return {"type": "text", "text": content}
-
-
-def user(*content):
-    return {"role": "user", "content": list(content)}
-
-
-ONE = [user(picture(0), text("what is the color of the big sign?"))]
-TWO = [user(picture(0), picture(1), text("what is in the picture?"))]
-NONE = [user(text("where does the exit lead to?"))]
 
 
 @pytest.fixture

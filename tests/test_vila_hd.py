@@ -7,15 +7,13 @@ import sys
 
 import pytest
 import torch
-from conftest import COMMITTED_GOLDENS
+from chat_requests import encode
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, DynamicCache, pipeline
 from vila.conversion_vila import convert
 from vila.loading_vila import Checkpoint
+from vila_hd_requests import CASE, NONE, ONE, TWO, picture, text, user
 from without_package import WITHOUT_PACKAGE
-
-CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
-SIZE = 280
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +36,7 @@ def processor(folder):
     return AutoProcessor.from_pretrained(folder)
 
 
-def picture(number=0):
-    return {"type": "image", "path": str(CASE / f"input_{number}.png")}
-
-
-def text(content):
-    return {"type": "text", "text": content}
-
-
-def user(*content):
-    return {"role": "user", "content": list(content)}
-
-
-ONE = [user(picture(0), text("what is the color of the big sign?"))]
-TWO = [user(picture(0), picture(1), text("what is in the picture?"))]
-NONE = [user(text("where does the exit lead to?"))]
 LATE = [user(text("hello")), {"role": "assistant", "content": [text("yes?")]}, user(picture(1), text("what is it?"))]
-
-
-def encode(processor, chats, **options):
-    return processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
-    )
 
 
 def answer(model, inputs, **options):

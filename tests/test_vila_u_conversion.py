@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from chat_requests import noise_picture
 from conftest import REPOSITORY
 from PIL import Image
 from safetensors import safe_open
@@ -31,7 +32,7 @@ from vila.original_config_vila_u import SIGLIP_CONFIGS, siglip_config
 from vila.quantization_vila import Int4Linear
 from vila.quantize.checkpoint import quantize
 from vila.quantize.options import Options
-from vila_u_requests import CASE, PROMPTS, draw, noise_picture
+from vila_u_requests import CASE, PROMPTS, draw
 from without_package import WITHOUT_PACKAGE
 
 
