@@ -23,6 +23,9 @@ from vila.processing_vila import VilaProcessor
 # the models are so small that threads only wait for each other
 torch.set_num_threads(1)
 
+# helpers that assert: a failure shows its values, as in a test
+pytest.register_assert_rewrite("chat_requests", "generation_requests", "picture_inputs")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMITTED_GOLDENS = REPOSITORY / "tests" / "goldens"
 GOLDENS = Path(os.environ.get("VILA_GOLDENS", REPOSITORY.parent / "shared" / "goldens"))
@@ -91,6 +94,12 @@ def converted(tmp_path_factory):
     return convert_once
 
 
+@pytest.fixture
+def lite(converted):
+    """Folder of a tiny NVILA-Lite."""
+    return converted("nvila_lite_image")
+
+
 class Loaded(NamedTuple):
     model: VilaForConditionalGeneration
     processor: VilaProcessor
@@ -107,6 +116,16 @@ def load(converted):
         return Loaded(model, AutoProcessor.from_pretrained(folder))
 
     return load_once
+
+
+@pytest.fixture(scope="module")
+def qwen(load):
+    return load("nvila_lite_image").processor
+
+
+@pytest.fixture(scope="module")
+def llama(load):
+    return load("vila15_image").processor
 
 
 VILA_U_CASE = GoldenCase(COMMITTED_GOLDENS / "vila_u" / "image_generation")
