@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from processing_requests import TEMPLATES, tiling_processor
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 from vila.conversion_vila import convert
@@ -126,6 +127,20 @@ def qwen(load):
 @pytest.fixture(scope="module")
 def llama(load):
     return load("vila15_image").processor
+
+
+@pytest.fixture(scope="module")
+def tiling(load):
+    """`tiling(template)`: a processor of small tiles with a tokenizer that knows the template's tokens."""
+    return cache(lambda template: tiling_processor(load(TEMPLATES[template]).processor.tokenizer, template))
+
+
+VILA_HD_CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
+
+
+@pytest.fixture(scope="session")
+def vila_hd_folder(tmp_path_factory) -> Path:
+    return convert(VILA_HD_CASE / "checkpoint", tmp_path_factory.mktemp("vila_hd") / "tiny-hd")
 
 
 VILA_U_CASE = GoldenCase(COMMITTED_GOLDENS / "vila_u" / "image_generation")

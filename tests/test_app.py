@@ -12,11 +12,10 @@ from itertools import pairwise
 import pytest
 import torch
 from chat_requests import encode
-from conftest import COMMITTED_GOLDENS, REPOSITORY
+from conftest import REPOSITORY
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from vila.app import DEFAULT_MODEL, EXAMPLES, main, read_examples
-from vila.conversion_vila import convert
 from vila.demo_vila import Demo, StopWhen, to_chat
 from vila.video_processing_vila import load_frames
 
@@ -58,11 +57,8 @@ def demo(uploads):
 
 
 @pytest.fixture(scope="module")
-def hd(uploads, tmp_path_factory):
-    folder = convert(
-        COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm" / "checkpoint", tmp_path_factory.mktemp("hd") / "hd"
-    )
-    return Demo(folder, uploads, device="cpu", dtype="float32")
+def hd(uploads, vila_hd_folder):
+    return Demo(vila_hd_folder, uploads, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """`VilaProcessor`: as many placeholders as features, the original's line breaks, and batches."""
 
 import copy
-from functools import cache
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from processing_requests import (
     ids_of,
     image,
     pictures_of,
-    tiling_processor,
     user,
 )
 from vila.chat_vila import render
@@ -27,12 +25,6 @@ from vila.image_processing_vila import VilaImageProcessor
 @pytest.fixture(scope="module", params=CASES)
 def case(request, load):
     return load(request.param)
-
-
-@pytest.fixture(scope="module")
-def tiling(load):
-    """`tiling(template)`: a processor of small tiles with a tokenizer that knows the template's tokens."""
-    return cache(lambda template: tiling_processor(load(TEMPLATES[template]).processor.tokenizer, template))
 
 
 # Placeholders

@@ -1,7 +1,6 @@
 """`VilaProcessor`: masks, token types, offsets, truncation, padding, and what engines rely on."""
 
 import copy
-from functools import cache
 
 import numpy as np
 import pytest
@@ -9,19 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processing_requests import (
-    CASES,
-    SMALL,
-    TALL,
-    TEMPLATES,
-    WIDE,
-    assistant,
-    encode,
-    image,
-    runs,
-    tiling_processor,
-    user,
-)
+from processing_requests import CASES, SMALL, TALL, TEMPLATES, WIDE, assistant, encode, image, runs, user
 from transformers.processing_utils import MultiModalData
 from vila.geometry_vila import TileGrid
 
@@ -29,12 +16,6 @@ from vila.geometry_vila import TileGrid
 @pytest.fixture(scope="module", params=CASES)
 def case(request, load):
     return load(request.param)
-
-
-@pytest.fixture(scope="module")
-def tiling(load):
-    """`tiling(template)`: a processor of small tiles with a tokenizer that knows the template's tokens."""
-    return cache(lambda template: tiling_processor(load(TEMPLATES[template]).processor.tokenizer, template))
 
 
 # Masks, types and offsets

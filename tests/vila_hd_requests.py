@@ -1,8 +1,8 @@
 """What the tests of VILA-HD ask a model for."""
 
-from conftest import COMMITTED_GOLDENS
+from conftest import VILA_HD_CASE
 
-CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
+CASE = VILA_HD_CASE
 
 
 def picture(number=0):
