@@ -39,10 +39,10 @@ class Asker:
         model = AutoModel.from_pretrained(folder, config=config, trust_remote_code=True, dtype=dtype)
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
-        self.model, self.parallel = model.eval(), None
+        self.model, self.parallel, self.rank = model.eval(), None, 0
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group()
-            self.parallel = SequenceParallel(self.model)
+            self.parallel, self.rank = SequenceParallel(self.model), dist.get_rank()
 
     def ask(self, messages: list[dict[str, Any]], frames: int) -> tuple[str, int]:
         """The answer, and the tokens of the prompt."""
@@ -59,6 +59,12 @@ class Asker:
         output = self.model.generate(**prepared, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         return self.processor.decode(output[0, tokens:], skip_special_tokens=True).strip(), tokens
 
+    def close(self) -> None:
+        """Waits for the other processes: one that ends while others still talk to it takes them with it."""
+        if self.parallel:
+            dist.barrier()
+            dist.destroy_process_group()
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Answers of earlier runs; a line that was cut off by an interruption is left out."""
@@ -73,19 +79,19 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def measure(asker: Asker, options: argparse.Namespace) -> None:
     """Asks what has not been asked yet."""
-    path, rank = options.output / ANSWERS, dist.get_rank() if asker.parallel else 0
+    path = options.output / ANSWERS
     done = {(answer["frames"], answer["depth"], answer["trial"]) for answer in read(path)}
     depths = [number / (options.depths - 1) for number in range(options.depths)]
     cells = [(f, d, t) for t in range(options.trials) for f in options.frames for d in depths]
     with path.open("a", encoding="utf-8") as file, torch.inference_mode():
         if file.tell() and not path.read_text(encoding="utf-8").endswith("\n"):
             file.write("\n")
-        for frames, depth, trial in tqdm([cell for cell in cells if cell not in done], disable=rank > 0):
+        for frames, depth, trial in tqdm([cell for cell in cells if cell not in done], disable=asker.rank > 0):
             messages, expected = needle(f"{options.seed}/{frames}/{depth}/{trial}", frames, depth)
             answer, tokens = asker.ask(messages, frames)
             row = {"frames": frames, "depth": depth, "trial": trial, "tokens": tokens, "context": asker.context}
             row |= {"answer": answer, "expected": expected, "right": check_words(answer, expected)}
-            if rank == 0:
+            if asker.rank == 0:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
 
@@ -157,13 +163,8 @@ def main(arguments: list[str]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     asker = Asker(options.model, options.dtype)
     measure(asker, options)
-    if asker.parallel:
-        rank = dist.get_rank()
-        dist.barrier()  # a process that ends while others still talk to it takes them with it
-        dist.destroy_process_group()
-    else:
-        rank = 0
-    if rank == 0:
+    asker.close()
+    if asker.rank == 0:
         answers = read(options.output / ANSWERS)
         draw({options.output.name: answers}, options.output / PICTURE)
         right = sum(answer["right"] for answer in answers)

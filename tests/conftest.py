@@ -4,20 +4,28 @@ import copy
 import json
 import os
 import threading
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cache, cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from processing_requests import TEMPLATES, tiling_processor
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 from vila.conversion_vila import convert
+from vila.modeling_vila import VilaForConditionalGeneration
+from vila.processing_vila import VilaProcessor
 
 # the models are so small that threads only wait for each other
 torch.set_num_threads(1)
+
+# helpers that assert: a failure shows its values, as in a test
+pytest.register_assert_rewrite("chat_requests", "generation_requests", "picture_inputs")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMITTED_GOLDENS = REPOSITORY / "tests" / "goldens"
@@ -87,6 +95,54 @@ def converted(tmp_path_factory):
     return convert_once
 
 
+@pytest.fixture
+def lite(converted):
+    """Folder of a tiny NVILA-Lite."""
+    return converted("nvila_lite_image")
+
+
+class Loaded(NamedTuple):
+    model: VilaForConditionalGeneration
+    processor: VilaProcessor
+
+
+@pytest.fixture(scope="module")
+def load(converted):
+    """`load(case)`: the model and processor of a converted checkpoint, loaded once for all tests of a file."""
+
+    @cache
+    def load_once(case: str) -> Loaded:
+        folder = converted(case)
+        model = AutoModel.from_pretrained(folder, dtype="float32").eval()
+        return Loaded(model, AutoProcessor.from_pretrained(folder))
+
+    return load_once
+
+
+@pytest.fixture(scope="module")
+def qwen(load):
+    return load("nvila_lite_image").processor
+
+
+@pytest.fixture(scope="module")
+def llama(load):
+    return load("vila15_image").processor
+
+
+@pytest.fixture(scope="module")
+def tiling(load):
+    """`tiling(template)`: a processor of small tiles with a tokenizer that knows the template's tokens."""
+    return cache(lambda template: tiling_processor(load(TEMPLATES[template]).processor.tokenizer, template))
+
+
+VILA_HD_CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
+
+
+@pytest.fixture(scope="session")
+def vila_hd_folder(tmp_path_factory) -> Path:
+    return convert(VILA_HD_CASE / "checkpoint", tmp_path_factory.mktemp("vila_hd") / "tiny-hd")
+
+
 VILA_U_CASE = GoldenCase(COMMITTED_GOLDENS / "vila_u" / "image_generation")
 
 
@@ -141,12 +197,18 @@ class LoopbackServer:
         return [path for path, _ in self.requests]
 
 
-@pytest.fixture
-def loopback():
-    server = LoopbackServer()
+@contextmanager
+def serving(server):
+    """Answers in a thread of its own; `server.http` is the `HTTPServer`."""
     thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
     thread.start()
     yield server
     server.http.shutdown()
     thread.join()
     server.http.server_close()
+
+
+@pytest.fixture
+def loopback():
+    with serving(LoopbackServer()) as server:
+        yield server

@@ -11,11 +11,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import COMMITTED_GOLDENS, REPOSITORY
+from chat_requests import encode
+from conftest import REPOSITORY
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from vila.app import DEFAULT_MODEL, EXAMPLES, main, read_examples
-from vila.conversion_vila import convert
 from vila.demo_vila import Demo, StopWhen, to_chat
 from vila.video_processing_vila import load_frames
 
@@ -57,11 +57,8 @@ def demo(uploads):
 
 
 @pytest.fixture(scope="module")
-def hd(uploads, tmp_path_factory):
-    folder = convert(
-        COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm" / "checkpoint", tmp_path_factory.mktemp("hd") / "hd"
-    )
-    return Demo(folder, uploads, device="cpu", dtype="float32")
+def hd(uploads, vila_hd_folder):
+    return Demo(vila_hd_folder, uploads, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +81,7 @@ def by_hand(content):
     """The answer of the README's lines."""
     model = AutoModel.from_pretrained(DEFAULT_MODEL, trust_remote_code=True, dtype="float32").eval()
     processor = AutoProcessor.from_pretrained(DEFAULT_MODEL, trust_remote_code=True)
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = encode(processor, [{"role": "user", "content": content}])
     ids = model.generate(**inputs, min_new_tokens=LEAST, max_new_tokens=TOKENS)[0, inputs["input_ids"].shape[1] :]
     return processor.decode(ids, skip_special_tokens=True)
 

@@ -6,13 +6,13 @@ import shutil
 from contextlib import suppress
 
 import pytest
-from conftest import COMMITTED_GOLDENS
+from chat_requests import encode
+from conftest import VILA_HD_CASE
 
 gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'vila-hf[demo]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 
 from vila.app import DEFAULT_MODEL, EXAMPLES, build_page  # noqa: E402
-from vila.conversion_vila import convert  # noqa: E402
 from vila.demo_vila import Demo  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -111,14 +111,7 @@ def test_an_uploaded_picture_is_asked_about(visit, nano):
         {"type": "image", "image": str(EXAMPLES / "naming_0.jpg")},
         {"type": "text", "text": "Tell me which thing is in the picture."},
     ]
-    inputs = demo.processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"media_policy": "notebook"},
-    )
+    inputs = encode(demo.processor, [{"role": "user", "content": content}], media_policy="notebook")
     ids = demo.model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert seen == demo.processor.decode(ids, skip_special_tokens=True).strip()
 
@@ -219,10 +212,9 @@ def test_a_vila_u_draws(visit, serve, vila_u_folder):
 
 
 @pytest.mark.slow
-def test_a_vila_hd_shows_where_it_looked(visit, serve, tmp_path_factory):
-    case = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
-    _, url = serve(convert(case / "checkpoint", tmp_path_factory.mktemp("hd") / "tiny-hd"), tokens=3)
+def test_a_vila_hd_shows_where_it_looked(visit, serve, vila_hd_folder):
+    _, url = serve(vila_hd_folder, tokens=3)
     page = visit(url)
-    upload(page, case / "input_0.png")
+    upload(page, VILA_HD_CASE / "input_0.png")
     ask(page, "What is it?")
     page.locator(PICTURES).first.wait_for()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from chat_requests import NEW_TOKENS, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -175,12 +176,6 @@ def chat(converted):
     return model, processor.apply_chat_template([{"role": "user", "content": content}], **ways)
 
 
-def logits(model, inputs, **options):
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": model.config.video_token_id, **options}
-    output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(output.logits, dim=1)
-
-
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_an_offloaded_cache_gives_the_same_answer(chat, chunk, monkeypatch):
     monkeypatch.setattr(torch, "Stream", NoStream)
@@ -201,6 +196,6 @@ def test_a_quantised_cache_holds_a_prompt_that_comes_in_chunks(chat, chunk):
     layers = model.config.text_config.num_hidden_layers
     cache = Cache(layers=[RoundedLayer(residual_length=16) for _ in range(layers)])
     rounded = logits(model, inputs, past_key_values=cache, prefill_chunk_size=chunk)
-    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 3
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + NEW_TOKENS - 1
     assert cache.layers[0]._quantized_keys[0].dtype == torch.int8
     torch.testing.assert_close(rounded[:, 0], logits(model, inputs)[:, 0], atol=0.2, rtol=0.2)

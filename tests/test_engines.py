@@ -12,15 +12,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from chat_requests import encode
 from conftest import COMMITTED_GOLDENS, REPOSITORY, GoldenCase
 from PIL import Image
 from safetensors.torch import load_file
-from test_loading import WITHOUT_PACKAGE
 from torch import nn
 from transformers import AttentionInterface, AutoModel, AutoProcessor
 from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
 from vila import VilaConfig, VilaForConditionalGeneration, VilaModel
 from vila.conversion_vila import convert, to_original
+from without_package import WARNINGS_ARE_ERRORS, WITHOUT_PACKAGE
 
 LITE, S2 = "nvila_lite_image", "nvila_dynamic_s2_image"
 LLAMAS = ["vila15_image", "vila15_llama3_image"]
@@ -154,7 +155,8 @@ def documented_overrides():
 
 def test_documented_override_builds_the_base_model_from_the_code_beside_the_weights(engines):
     _, folder = engines(LITE)
-    script = WITHOUT_PACKAGE + (
+    script = (
+        "import json\n"
         "import torch\n"
         "from transformers import AutoConfig, AutoModel\n"
         f"config = AutoConfig.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
@@ -164,7 +166,12 @@ def test_documented_override_builds_the_base_model_from_the_code_beside_the_weig
         "module = type(model).__module__.split('.')[0]\n"
         "print(type(model).__name__, module, model.is_backend_compatible(), model.dtype)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, "", "{}"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE + WARNINGS_ARE_ERRORS + script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.stdout.split() == ["VilaModel", "transformers_modules", "True", "torch.bfloat16"], done.stderr
 
 
@@ -177,14 +184,7 @@ def test_engine_gets_the_logits_of_the_whole_model(name, count, engines):
     shown = [dict(part) for part in messages[0]["content"]]
     for part, image in zip((part for part in shown if part["type"] == "image"), images):
         part["image"] = image
-    inputs = engine.processor.apply_chat_template(
-        [{"role": "user", "content": shown}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"tile_multiple_images": True},
-    )
+    inputs = encode(engine.processor, [{"role": "user", "content": shown}], tile_multiple_images=True)
     with torch.no_grad():
         expected = model(**inputs).logits[0, -1]
     torch.testing.assert_close(engine.logits(messages, images), expected, atol=1e-4, rtol=1e-4)

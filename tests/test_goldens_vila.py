@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from chat_requests import encode
 from conftest import GOLDENS, GoldenCase, golden_cases
 from transformers import AutoModel, AutoProcessor
 from vila.conversion_vila import convert
@@ -39,17 +40,6 @@ def load(folder):
     return (
         AutoModel.from_pretrained(folder, dtype="float32").eval(),
         AutoProcessor.from_pretrained(folder),
-    )
-
-
-def encode(processor, chats, **processor_kwargs):
-    return processor.apply_chat_template(
-        chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=processor_kwargs,
     )
 
 

@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from chat_requests import encode
 from conftest import GOLDENS, GoldenCase
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
@@ -241,13 +242,7 @@ def prepare(case, call, folder):
         {"type": "image", "path": str(case.folder / part)} if part.endswith(".png") else {"type": "text", "text": part}
         for part in call["prompt"]
     ]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = encode(processor, [{"role": "user", "content": content}])
     names = ("num_look_close", "num_token_look_close", "look_close_mode", "smooth_selection_prob")
     return inputs, {name: call[name] for name in names if name in call}
 

@@ -10,14 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import COMMITTED_GOLDENS, REPOSITORY
+from conftest import COMMITTED_GOLDENS, REPOSITORY, serving
 from hub_server import OWNER, TOKEN, HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -40,13 +39,8 @@ MODULES = {path.name for path in NANO.glob("*.py")}
 
 @pytest.fixture
 def hub():
-    server = HubServer()
-    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.http.shutdown()
-    thread.join()
-    server.http.server_close()
+    with serving(HubServer()) as server:
+        yield server
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from io import BytesIO
 
 import pytest
 import torch
+from chat_requests import encode
 from conftest import COMMITTED_GOLDENS, GoldenCase
 from PIL import Image
 from transformers import (
@@ -20,27 +21,15 @@ from transformers import (
     TextStreamer,
     pipeline,
 )
+from without_package import WARNINGS_ARE_ERRORS, WITHOUT_PACKAGE
 
 CASE = GoldenCase(COMMITTED_GOLDENS / "vila" / "nvila_lite_image")
 
-# Refuses the installed package, so that only the code beside the weights can be used.
-WITHOUT_PACKAGE = """
-import json, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name == "vila" or name.startswith("vila."):
-            raise ImportError("the package must not be needed")
-
-sys.meta_path.insert(0, Refuse())
-import warnings, logging
-warnings.simplefilter("error", UserWarning)
-import transformers
-folder, chat = sys.argv[1], json.loads(sys.argv[2])
-"""
-
 LOAD_AND_ANSWER = """
+import json
+import transformers
 from transformers import AutoProcessor, pipeline
+folder, chat = sys.argv[1], json.loads(sys.argv[2])
 classes = ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM"]
 loaded = {}
 for name in classes:
@@ -74,9 +63,10 @@ json.dump({"loaded": loaded, "ids": new_ids, "answer": answer, "module": module,
 
 
 def run_without_package(script, folder, *arguments, cache):
+    code = WITHOUT_PACKAGE + WARNINGS_ARE_ERRORS + script
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE + script, str(folder), json.dumps(CASE.chats[0]), *map(str, arguments)],
+        [sys.executable, "-c", code, str(folder), json.dumps(CASE.chats[0]), *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
@@ -213,13 +203,7 @@ def test_black_and_white_pictures_give_different_logits(converted):
     processor = AutoProcessor.from_pretrained(converted(CASE))
     logits = []
     for color in ("black", "white"):
-        inputs = processor.apply_chat_template(
-            chat_with(image=Image.new("RGB", (90, 90), color)),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = encode(processor, chat_with(image=Image.new("RGB", (90, 90), color)))
         with torch.no_grad():
             logits.append(model(**inputs).logits[0, -1])
     assert (logits[0] - logits[1]).abs().max() > 1e-3

@@ -2,21 +2,19 @@
 
 import json
 from functools import cache
-from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from chat_requests import NEW_TOKENS, assert_same, encode, logits, noise_picture, user
 from conftest import REPOSITORY
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoProcessor, DynamicCache
+from transformers import DynamicCache
 from vila import generation_vila
 from vila.cache_vila import ROOM
 from vila.frame_stream_vila import FrameStream, Views, exactly
-from vila.modeling_vila import VilaForConditionalGeneration
 from vila.processing_vila_hd import VilaHDProcessor
 from vila.processing_vila_u import VilaUProcessor
 
@@ -48,17 +46,6 @@ def clip(tmp_path_factory):
     return cache(lambda frames: make_clip(tmp_path_factory.mktemp("clips") / f"{frames}.mp4", frames, frames))
 
 
-@pytest.fixture(scope="module")
-def load(converted):
-    @cache
-    def once(checkpoint):
-        folder = converted(checkpoint)
-        model = VilaForConditionalGeneration.from_pretrained(folder, dtype="float32").eval()
-        return SimpleNamespace(model=model, processor=AutoProcessor.from_pretrained(folder))
-
-    return once
-
-
 @pytest.fixture
 def case(load, monkeypatch):
     """`case(way, checkpoint)`: model and processor that show videos in one of the `WAYS`, two frames at a time."""
@@ -75,40 +62,7 @@ def case(load, monkeypatch):
     return prepare
 
 
-def user(*content):
-    def block(part):
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        return (
-            {"type": "image", "image": part} if isinstance(part, Image.Image) else {"type": "video", "path": str(part)}
-        )
-
-    return {"role": "user", "content": [block(part) for part in content]}
-
-
-def encode(loaded, chat, **processor_kwargs):
-    return loaded.processor.apply_chat_template(
-        chat,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=processor_kwargs,
-    )
-
-
-def logits(loaded, inputs, **options):
-    """Logits of every new token; no row stops early."""
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": loaded.model.config.video_token_id, **options}
-    output = loaded.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(output.logits, dim=1)
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-
-
-PICTURE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (50, 170, 3), dtype=np.uint8))
+PICTURE = noise_picture(5, (170, 50))
 ENDLESS = {"eos_token_id": None, "max_new_tokens": 1}
 
 
@@ -121,13 +75,13 @@ ENDLESS = {"eos_token_id": None, "max_new_tokens": 1}
 def test_streamed_frames_give_the_answer_of_decoded_ones(case, clip, checkpoint, way, options):
     loaded = case(way, checkpoint)
     chat = [user(PICTURE, "and", clip(7), "and", clip(3), "differ how?")]
-    decoded, streamed = encode(loaded, chat, num_frames=7), encode(loaded, chat, num_frames=7, stream_frames=True)
+    decoded, streamed = (encode(loaded.processor, chat, num_frames=7, stream_frames=each) for each in (False, True))
     assert torch.equal(streamed["input_ids"], decoded["input_ids"])
     name = "pixel_values" if way == "shown" else "pixel_values_videos"
     assert isinstance(streamed[name], FrameStream) and len(streamed[name]) == len(decoded[name])
-    expected = logits(loaded, decoded)
+    expected = logits(loaded.model, decoded)
     for _ in range(2):  # the same inputs serve again
-        assert_same(logits(loaded, streamed, **options), expected)
+        assert_same(logits(loaded.model, streamed, **options), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -135,7 +89,7 @@ def test_streamed_frames_give_the_answer_of_decoded_ones(case, clip, checkpoint,
 def test_beams_and_batches_see_streamed_frames(case, clip, way, options):
     loaded = case(way)
     chats = [[user(clip(5), "What happens?")], [user(PICTURE, "or", clip(3), "?")]]
-    decoded, streamed = (encode(loaded, chats, num_frames=4, stream_frames=stream) for stream in (False, True))
+    decoded, streamed = (encode(loaded.processor, chats, num_frames=4, stream_frames=each) for each in (False, True))
     options = {**options, "max_new_tokens": 4, "prefill_chunk_size": 9}
     expected = loaded.model.generate(**decoded, **{**options, "prefill_chunk_size": None})
     assert torch.equal(loaded.model.generate(**streamed, **options), expected)
@@ -150,7 +104,7 @@ def test_pixels_of_a_streamed_video_exist_a_few_at_a_time(case, clip, way, monke
         "pixels_of_views",
         lambda views, **kw: seen.append(len(views)) or make(views, **kw),
     )
-    inputs = encode(loaded, [user(clip(25), "What happens?")], num_frames=25, stream_frames=True)
+    inputs = encode(loaded.processor, [user(clip(25), "What happens?")], num_frames=25, stream_frames=True)
     assert seen == []  # nothing is decoded before it is asked for
     loaded.model.generate(**inputs, **ENDLESS, prefill_chunk_size=16)
     assert sum(seen) == 25 and max(seen) <= 4  # four make a block of the second pooling
@@ -182,7 +136,7 @@ def test_a_cut_file_still_fills_its_placeholders(case, clip, tmp_path, monkeypat
     middle = len(whole) * 2 // 3
     damaged[middle : middle + 400] = bytes(400)
     (tmp_path / "damaged.mp4").write_bytes(damaged)
-    inputs = encode(loaded, [user(tmp_path / "damaged.mp4", "?")], num_frames=25, stream_frames=True)
+    inputs = encode(loaded.processor, [user(tmp_path / "damaged.mp4", "?")], num_frames=25, stream_frames=True)
     assert (
         loaded.model.generate(**inputs, **ENDLESS, prefill_chunk_size=16).shape[1] == inputs["input_ids"].shape[1] + 1
     )
@@ -190,7 +144,7 @@ def test_a_cut_file_still_fills_its_placeholders(case, clip, tmp_path, monkeypat
 
 def test_tiled_frames_cannot_be_streamed(case, clip):
     with pytest.raises(ValueError, match="video_max_tiles"):
-        encode(case(), [user(clip(3), "?")], stream_frames=True, video_max_tiles=2)
+        encode(case().processor, [user(clip(3), "?")], stream_frames=True, video_max_tiles=2)
 
 
 @pytest.mark.parametrize("family", [VilaHDProcessor, VilaUProcessor])
@@ -199,7 +153,7 @@ def test_families_that_cannot_stream_say_so(case, clip, family, monkeypatch):
     assert not family.can_stream
     monkeypatch.setattr(loaded.processor, "can_stream", family.can_stream, raising=False)
     with pytest.raises(ValueError, match="this one does not"):
-        encode(loaded, [user(clip(3), "?")], stream_frames=True)
+        encode(loaded.processor, [user(clip(3), "?")], stream_frames=True)
 
 
 def test_vila_hd_refuses_a_new_part_alone():
@@ -213,20 +167,20 @@ def test_vila_hd_refuses_a_new_part_alone():
 @pytest.mark.parametrize("way", WAYS)
 def test_a_long_prompt_goes_through_in_chunks_by_itself(case, clip, way, monkeypatch):
     loaded, lengths = case(way), []
-    inputs = encode(loaded, [user(clip(25), "What happens?")], num_frames=25)
-    expected = logits(loaded, inputs)
+    inputs = encode(loaded.processor, [user(clip(25), "What happens?")], num_frames=25)
+    expected = logits(loaded.model, inputs)
     monkeypatch.setattr(generation_vila, "LONG_PROMPT", 20)
     monkeypatch.setattr(generation_vila, "PREFILL_CHUNK", 7)
     hook = loaded.model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    assert_same(logits(loaded, inputs), expected)
-    assert max(lengths) == 7 and sum(lengths[:-3]) == inputs["input_ids"].shape[1]
+    assert_same(logits(loaded.model, inputs), expected)
+    assert max(lengths) == 7 and sum(lengths[: 1 - NEW_TOKENS]) == inputs["input_ids"].shape[1]
     lengths.clear()
-    assert_same(logits(loaded, inputs, prefill_chunk_size=11), expected)
+    assert_same(logits(loaded.model, inputs, prefill_chunk_size=11), expected)
     assert max(lengths) == 11
     lengths.clear()
-    assert_same(logits(loaded, inputs, use_cache=False), expected)
+    assert_same(logits(loaded.model, inputs, use_cache=False), expected)
     assert max(lengths) > 20
     hook.remove()
 
@@ -249,7 +203,7 @@ def test_nothing_grows_with_the_prompt_but_the_cache(case, clip, way, frames):
     """No mask of the prompt squared, no logits of all its tokens, no embeddings, features or pixels of all of it."""
     loaded = case(way)
     text = loaded.model.config.text_config
-    inputs = encode(loaded, [user(clip(25), "What happens?")], num_frames=frames, stream_frames=True)
+    inputs = encode(loaded.processor, [user(clip(25), "What happens?")], num_frames=frames, stream_frames=True)
     length = inputs["input_ids"].shape[1]
     assert length > max(text.vocab_size, text.intermediate_size)  # so that a size of that many is the prompt
     with Largest() as seen:

@@ -9,12 +9,11 @@ import json
 import os
 import pickle
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from picture_inputs import black_png
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, pipeline
 from vila import VilaImageProcessor, VilaProcessor, image_loading_vila, video_processing_vila
@@ -273,18 +272,6 @@ def test_a_source_larger_than_the_byte_limit_is_refused_before_it_is_read(form, 
     with pytest.raises(ValueError, match=r"max_bytes=1000 of the media policy.*media_policy=\{'max_bytes'"):
         policy = MediaPolicy(max_bytes=1000)
         open_image(source, policy) if kind == "image" else load_frames(source, policy=policy)
-
-
-def black_png(width, height, channels=1):
-    """A picture of one bit per pixel, or of three bytes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    row_bytes, depth, color = ((width + 7) // 8, 1, 0) if channels == 1 else (3 * width, 8, 2)
-    rows = zlib.compress(bytes(row_bytes + 1) * height, 9)
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from vila.model_card_vila import WIDEST, CardOptions, kv_bytes_per_token, memory
 from vila.quantize.checkpoint import quantize
 from vila.quantize.options import Options
 from vila.staging_vila import check_loads, stage
+from without_package import WITHOUT_PACKAGE
 
 NANO = REPOSITORY / "checkpoints" / "vila-nano"
 REPO = "org/some-model"
@@ -277,15 +278,6 @@ def test_contexts_beyond_the_models_own_are_not_listed(staged):
 
 
 # --------------------------------------------------------------------------------------------------------- snippets
-
-WITHOUT_PACKAGE = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name == "vila" or name.startswith("vila."):
-            raise ImportError("the package must not be needed")
-sys.meta_path.insert(0, Refuse())
-"""
 
 
 def picture_of(folder):

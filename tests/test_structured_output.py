@@ -7,7 +7,6 @@ from typing import Annotated
 import pytest
 import torch
 from pydantic import BaseModel, Field
-from transformers import AutoModel, AutoProcessor
 from vila.structured_output_vila import JsonLogitsProcessor, json_processors
 
 
@@ -32,19 +31,6 @@ WAYS = {
     "sampled_beams": {"num_beams": 3, "do_sample": True},
 }
 CHATS = [[{"role": "user", "content": text}] for text in ("hi", "Tell me about 42.", "x y")]
-
-
-@pytest.fixture(scope="module")
-def load(converted):
-    loaded = {}
-
-    def load_once(case):
-        if case not in loaded:
-            folder = converted(case)
-            loaded[case] = AutoModel.from_pretrained(folder, dtype="float32"), AutoProcessor.from_pretrained(folder)
-        return loaded[case]
-
-    return load_once
 
 
 def prepare(processor, chats=CHATS):

@@ -6,51 +6,23 @@ import json
 
 import pytest
 import torch
-from conftest import COMMITTED_GOLDENS, REPOSITORY
+from conftest import REPOSITORY
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
-from vila.conversion_vila import convert
 from vila.training_vila_hd import SELECTION_PARTS, VilaHDDataCollator, box_map, train_selection_only
 from vila.vision_vila_hd import selection_loss
+from vila_hd_requests import NONE, ONE, TWO, text
 
-CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
 SIZE = 280
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return convert(CASE / "checkpoint", tmp_path_factory.mktemp("vila_hd") / "tiny-hd")
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return AutoModel.from_pretrained(folder, dtype="float32").eval()
-
-
-@pytest.fixture(scope="module")
-def processor(folder):
-    return AutoProcessor.from_pretrained(folder)
-
-
-def picture(number=0):
-    return {"type": "image", "path": str(CASE / f"input_{number}.png")}
-
-
-def text(content):
-    return {"type": "text", "text": content}
-
-
-def user(*content):
-    return {"role": "user", "content": list(content)}
-
-
-ONE = [user(picture(0), text("what is the color of the big sign?"))]
-TWO = [user(picture(0), picture(1), text("what is in the picture?"))]
-NONE = [user(text("where does the exit lead to?"))]
+def processor(vila_hd_folder):
+    return AutoProcessor.from_pretrained(vila_hd_folder)
 
 
 @pytest.fixture
-def trainable(folder):
-    return AutoModel.from_pretrained(folder, dtype="float32").train()
+def trainable(vila_hd_folder):
+    return AutoModel.from_pretrained(vila_hd_folder, dtype="float32").train()
 
 
 def row(question=ONE, answer="red"):
@@ -153,10 +125,10 @@ def train_on(train, folder, tmp_path, rows, *options):
     return AutoModel.from_pretrained(tmp_path / "out", dtype="float32")
 
 
-def test_command_learns_where_to_look_from_boxes(train, folder, loaded, tmp_path):
-    tuned = train_on(train, folder, tmp_path, [BOX_ROW], "--token_selection_loss_weight", "1")
+def test_command_learns_where_to_look_from_boxes(train, vila_hd_folder, trainable, tmp_path):
+    tuned = train_on(train, vila_hd_folder, tmp_path, [BOX_ROW], "--token_selection_loss_weight", "1")
     changed = {
-        name for name, weight in tuned.named_parameters() if not torch.equal(weight, loaded.get_parameter(name))
+        name for name, weight in tuned.named_parameters() if not torch.equal(weight, trainable.get_parameter(name))
     }
     for part in SELECTION_PARTS:
         assert any(name.startswith(part) for name in changed), part
@@ -172,9 +144,9 @@ def test_command_learns_where_to_look_from_boxes(train, folder, loaded, tmp_path
         ([row()], ["--packing", "True"], "packed"),
     ],
 )
-def test_command_refuses_boxes_that_teach_nothing(train, folder, tmp_path, rows, options, message):
+def test_command_refuses_boxes_that_teach_nothing(train, vila_hd_folder, tmp_path, rows, options, message):
     with pytest.raises(ValueError, match=message):
-        train_on(train, folder, tmp_path, rows, *options)
+        train_on(train, vila_hd_folder, tmp_path, rows, *options)
 
 
 def test_command_refuses_boxes_of_models_that_do_not_choose(train, converted, tmp_path):
@@ -210,9 +182,9 @@ def test_trainer_lowers_both_losses(trainable, processor, tmp_path):
     assert trainer.predict(rows[:1]).predictions.shape[-1] == trainable.config.text_config.vocab_size
 
 
-def test_packed_rows_are_refused(loaded, processor):
+def test_packed_rows_are_refused(trainable, processor):
     with pytest.raises(ValueError, match="packed"):
         VilaHDDataCollator(processor, packing=True)
     batch = VilaHDDataCollator(processor)([row()])
     with pytest.raises(ValueError, match="packed"):
-        loaded(**batch, position_ids=torch.arange(batch["input_ids"].shape[1])[None])
+        trainable(**batch, position_ids=torch.arange(batch["input_ids"].shape[1])[None])

@@ -1,61 +1,24 @@
 """A chat's next turn given as its new part alone: the same answer, without reading anything a second time."""
 
-from functools import cache
-from types import SimpleNamespace
-
-import numpy as np
+import chat_requests
 import pytest
 import torch
-from PIL import Image
-from transformers import AutoProcessor, DynamicCache, StaticCache
-from vila.modeling_vila import VilaForConditionalGeneration
+from chat_requests import assert_same, logits, noise_picture, user
+from transformers import DynamicCache, StaticCache
 
 CHECKPOINTS = ("nvila_lite_image", "nvila_dynamic_s2_image", "vila15_image", "vila15_llama3_image")
 ANSWER = "It is blue"
 
-
-def noise(seed, size=(60, 60)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-RED, WIDE = noise(1), noise(2, (200, 70))
-CLIP = [noise(seed) for seed in range(10, 13)]
-
-
-def user(*content):
-    def block(part):
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        kind = "video" if isinstance(part, list) else "image"
-        return {"type": kind, kind: part}
-
-    return {"role": "user", "content": [block(part) for part in content]}
+RED, WIDE = noise_picture(1), noise_picture(2, (200, 70))
+CLIP = [noise_picture(seed) for seed in range(10, 13)]
 
 
 def said(text=ANSWER):
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    return chat_requests.said(text)
 
 
-@pytest.fixture(scope="module")
-def load(converted):
-    @cache
-    def once(checkpoint):
-        folder = converted(checkpoint)
-        model = VilaForConditionalGeneration.from_pretrained(folder, dtype="float32").eval()
-        return SimpleNamespace(model=model, processor=AutoProcessor.from_pretrained(folder))
-
-    return once
-
-
-def encode(loaded, chat, **processor_kwargs):
-    return loaded.processor.apply_chat_template(
-        chat,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"tile_multiple_images": True, **processor_kwargs},
-    )
+def encode(loaded, chats, **options):
+    return chat_requests.encode(loaded.processor, chats, **{"tile_multiple_images": True, **options})
 
 
 def continue_chat(loaded, chat, inputs, output, **options):
@@ -94,16 +57,6 @@ def answer(loaded, inputs, cache, chats, texts=(ANSWER,), end=None, **options):
     )
 
 
-def logits(loaded, inputs, **options):
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": loaded.model.config.video_token_id, **options}
-    output = loaded.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(output.logits, dim=1)
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-
-
 TURNS = {
     "text": ([user("Hi")], [user("And?")]),
     "new picture": ([user(RED, "What?")], [user(WIDE, "And this?")]),
@@ -128,7 +81,7 @@ def test_the_new_part_gives_the_answer_of_the_whole_chat(load, checkpoint, turns
     together = torch.cat([output[:, :held], new["input_ids"]], dim=1)
     assert torch.equal(together, whole["input_ids"])
     assert len(new.get("pixel_values", [])) == len(encode(loaded, second).get("pixel_values", []))
-    assert_same(logits(loaded, new, past_key_values=cache), logits(loaded, whole))
+    assert_same(logits(loaded.model, new, past_key_values=cache), logits(loaded.model, whole))
 
 
 @pytest.mark.parametrize("make", [DynamicCache, lambda: None], ids=["dynamic", "static"])
@@ -143,7 +96,7 @@ def test_a_chat_goes_on_turn_by_turn(load, make):
         output = answer(loaded, inputs, cache, [chat])
     chat += [said(), user("The end?")]
     new = continue_chat(loaded, chat, inputs, output)
-    assert_same(logits(loaded, new, past_key_values=cache), logits(loaded, encode(loaded, chat)))
+    assert_same(logits(loaded.model, new, past_key_values=cache), logits(loaded.model, encode(loaded, chat)))
 
 
 def test_an_answer_that_was_cut_off_is_ended(load):
@@ -153,7 +106,7 @@ def test_an_answer_that_was_cut_off_is_ended(load):
     chat = [user("Hi"), said(), user("And?")]
     new, whole = continue_chat(loaded, chat, inputs, output), encode(loaded, chat)
     assert torch.equal(torch.cat([output[:, :-1], new["input_ids"]], dim=1), whole["input_ids"])
-    assert_same(logits(loaded, new, past_key_values=cache), logits(loaded, whole))
+    assert_same(logits(loaded.model, new, past_key_values=cache), logits(loaded.model, whole))
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
@@ -170,9 +123,9 @@ def test_rows_of_a_batch_go_on_like_single_chats(load, checkpoint, end):
     output = answer(loaded, inputs, cache, first, texts, **({} if end is None else {"end": [end(loaded)]}))
     chats = [[*one, said(text), *two] for one, text, two in zip(first, texts, second)]
     new = continue_chat(loaded, chats, inputs, output)
-    continued = logits(loaded, new, past_key_values=cache)
+    continued = logits(loaded.model, new, past_key_values=cache)
     for row, chat in enumerate(chats):
-        assert_same(continued[row], logits(loaded, encode(loaded, chat))[0])
+        assert_same(continued[row], logits(loaded.model, encode(loaded, chat))[0])
 
 
 def test_earlier_media_are_not_read_again(load, tmp_path):
@@ -208,10 +161,10 @@ def test_features_of_another_chat_about_the_same_picture_are_used(load):
     hook = loaded.model.model.vision_tower.register_forward_pre_hook(lambda *args: calls.append(1))
     for question in ("What?", "Why is that so?"):
         asked = encode(loaded, [user(WIDE, question)])
-        expected = logits(loaded, asked)
+        expected = logits(loaded.model, asked)
         calls.clear()
         text = {name: asked[name] for name in ("input_ids", "attention_mask")}
-        assert_same(logits(loaded, text, mm_encoder_outputs={"image": features}), expected)
+        assert_same(logits(loaded.model, text, mm_encoder_outputs={"image": features}), expected)
         assert calls == []
     hook.remove()
 
@@ -225,8 +178,8 @@ def test_given_features_of_earlier_turns_are_left_out(load):
     with torch.no_grad():
         features = loaded.model.get_image_features(whole["pixel_values"], whole["image_grid_thw"])
     text = {name: whole[name] for name in ("input_ids", "attention_mask")}
-    actual = logits(loaded, text, past_key_values=cache, mm_encoder_outputs={"image": features})
-    assert_same(actual, logits(loaded, whole))
+    actual = logits(loaded.model, text, past_key_values=cache, mm_encoder_outputs={"image": features})
+    assert_same(actual, logits(loaded.model, whole))
 
 
 def test_what_does_not_belong_together_is_refused(load):

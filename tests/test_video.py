@@ -2,19 +2,15 @@
 
 import json
 import shutil
-from functools import cache
-from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from chat_requests import assert_same, encode, logits, noise_picture, said, user
 from conftest import COMMITTED_GOLDENS, MEDIA
-from PIL import Image
 from transformers import AutoModel, AutoProcessor, DynamicCache, pipeline
 from vila.conversion_vila import convert, to_original
-from vila.modeling_vila import VilaForConditionalGeneration
 from vila.vision_vila import pool_video
 
 CHECKPOINTS = ("nvila_lite_image", "nvila_dynamic_s2_image", "vila15_image")
@@ -28,25 +24,11 @@ POOLS = {
 
 
 def noise(seed, size=(60, 50)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return noise_picture(seed, size)
 
 
 def clip(frames, seed=0):
     return [noise(100 * seed + number) for number in range(frames)]
-
-
-def user(*content):
-    def block(part):
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        kind = "image" if isinstance(part, Image.Image) else "video"
-        return {"type": kind, kind: str(part) if isinstance(part, Path) else part}
-
-    return {"role": "user", "content": [block(part) for part in content]}
-
-
-def said(text):
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 WIDE = noise(7, (200, 70))
@@ -54,19 +36,6 @@ TEXT, PICTURE, PICTURES = [user("Hello!")], [user(WIDE, "What?")], [user(noise(8
 VIDEO, VIDEOS = [user(clip(4), "What happens?")], [user(clip(2, 1), "and", clip(3, 2), "differ how?")]
 BOTH, BOTH_BACK = [user(WIDE, clip(3, 3), "Is it in there?")], [user(clip(3, 4), "or", noise(9), "?")]
 MIXED = [TEXT, PICTURE, PICTURES, VIDEO, VIDEOS, BOTH, BOTH_BACK]
-
-
-@pytest.fixture(scope="module")
-def load(converted):
-    """`load(checkpoint)`: model and processor, loaded once for all tests of this file."""
-
-    @cache
-    def once(checkpoint):
-        folder = converted(checkpoint)
-        model = VilaForConditionalGeneration.from_pretrained(folder, dtype="float32").eval()
-        return SimpleNamespace(folder=folder, model=model, processor=AutoProcessor.from_pretrained(folder))
-
-    return once
 
 
 @pytest.fixture
@@ -92,29 +61,6 @@ WAYS = {
 }
 
 
-def encode(loaded, chat, **processor_kwargs):
-    return loaded.processor.apply_chat_template(
-        chat,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=processor_kwargs,
-    )
-
-
-def logits(loaded, inputs, **options):
-    """Logits of every new token; no row stops early."""
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": loaded.model.config.video_token_id, **options}
-    output = loaded.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(output.logits, dim=1)
-
-
-def assert_same(actual, expected):
-    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-
-
 # ---- counts
 
 
@@ -136,7 +82,7 @@ def test_placeholders_are_as_many_as_feature_rows(case, checkpoint, pools, wrapp
         counted = expected.count(loaded.model.config.video_token_id)
         pixels = torch.empty(frames, 0)
         assert loaded.model.model.media_sizes("video", pixels, None) == [(frames, counted)]
-    inputs = encode(loaded, [user(clip(3), clip(5))])
+    inputs = encode(loaded.processor, [user(clip(3), clip(5))])
     features = loaded.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
     assert (inputs["input_ids"] == loaded.model.config.video_token_id).sum() == sum(map(len, features))
     assert [row.tolist() for row in inputs["video_grid_thw"]] == [[3, 1, 1], [5, 1, 1]]
@@ -157,7 +103,7 @@ def test_pooling_equals_a_naive_loop(pools, frames, side):
 
 def test_token_types_tell_pictures_from_videos(case):
     loaded = case(video_as_images=False)
-    inputs = encode(loaded, [BOTH, TEXT, VIDEO], return_mm_token_type_ids=True)
+    inputs = encode(loaded.processor, [BOTH, TEXT, VIDEO], return_mm_token_type_ids=True)
     ids, types, config = inputs["input_ids"], inputs["mm_token_type_ids"], loaded.model.config
     assert (types[ids == config.image_token_id] == 1).all() and (types[ids == config.video_token_id] == 2).all()
     assert set(types[0].tolist()) == {0, 1, 2} and set(types[2].tolist()) == {0, 2} and not types[1].any()
@@ -168,34 +114,34 @@ def test_token_types_tell_pictures_from_videos(case):
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_frames_as_pictures_equal_an_encoded_video_without_pooling(case, checkpoint):
-    shown = encode(case(checkpoint, video_as_images=True), VIDEO)
+    shown = encode(case(checkpoint, video_as_images=True).processor, VIDEO)
     loaded = case(checkpoint, video_as_images=False)
-    assert_same(logits(loaded, shown), logits(loaded, encode(loaded, VIDEO)))
+    assert_same(logits(loaded.model, shown), logits(loaded.model, encode(loaded.processor, VIDEO)))
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_a_video_shown_as_pictures_equals_its_frames_given_as_pictures(case, checkpoint):
     loaded = case(checkpoint, video_as_images=True)
     frames = clip(4)
-    video, pictures = encode(loaded, [user(frames, "What?")]), encode(loaded, [user(*frames, "What?")])
+    video, pictures = (encode(loaded.processor, [user(*shown, "What?")]) for shown in ([frames], frames))
     assert video["input_ids"].tolist() == pictures["input_ids"].tolist()
     assert torch.equal(video["pixel_values"], pictures["pixel_values"])
 
 
 def test_one_frame_alone_is_tiled_like_a_picture_and_two_are_not(case):
     loaded = case(video_as_images=True)
-    alone, picture = encode(loaded, [user([WIDE], "What?")]), encode(loaded, [user(WIDE, "What?")])
+    alone, picture = encode(loaded.processor, [user([WIDE], "What?")]), encode(loaded.processor, [user(WIDE, "What?")])
     assert alone["input_ids"].tolist() == picture["input_ids"].tolist()
     assert torch.equal(alone["pixel_values"], picture["pixel_values"]) and len(alone["pixel_values"]) > 1
-    assert len(encode(loaded, [user([WIDE, WIDE], "What?")])["pixel_values"]) == 2
-    assert len(encode(loaded, [user([WIDE], noise(1))])["pixel_values"]) == 2
+    assert len(encode(loaded.processor, [user([WIDE, WIDE], "What?")])["pixel_values"]) == 2
+    assert len(encode(loaded.processor, [user([WIDE], noise(1))])["pixel_values"]) == 2
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS[:2])
 @pytest.mark.parametrize("frames", [1, 3])
 def test_pictures_are_tiled_beside_a_video_whose_frames_are_not(case, checkpoint, frames):
     loaded = case(checkpoint, video_as_images=True)
-    inputs = encode(loaded, [user(WIDE, [WIDE] * frames)], tile_multiple_images=True)
+    inputs = encode(loaded.processor, [user(WIDE, [WIDE] * frames)], tile_multiple_images=True)
     assert inputs["image_grid_thw"][0].prod() > 1
     assert inputs["image_grid_thw"][1:].tolist() == [[1, 1, 1]] * frames
 
@@ -204,18 +150,18 @@ def test_pictures_are_tiled_beside_a_video_whose_frames_are_not(case, checkpoint
 @pytest.mark.parametrize("frames", [1, 2])
 def test_tiles_of_frames_count_as_frames(case, way, frames):
     loaded = case(**WAYS[way], video_max_tiles=4)
-    inputs = encode(loaded, [user([WIDE] * frames, "What?")])
+    inputs = encode(loaded.processor, [user([WIDE] * frames, "What?")])
     tiled = loaded.processor.image_processor(WIDE, max_tiles=4, return_tensors="pt")["pixel_values"]
     pixels = inputs["pixel_values" if way == "shown" else "pixel_values_videos"]
     assert torch.equal(pixels, tiled.repeat(frames, 1, 1, 1)) and len(tiled) > 1
-    assert torch.isfinite(logits(loaded, inputs)).all()
+    assert torch.isfinite(logits(loaded.model, inputs)).all()
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_chunks_of_the_tower_do_not_change_features(case, checkpoint, way):
-    inputs = encode(case(checkpoint, **WAYS[way]), [VIDEO, VIDEOS])
-    results = [logits(case(checkpoint, chunk=size, **WAYS[way]), inputs) for size in (1, 4, 100)]
+    inputs = encode(case(checkpoint, **WAYS[way]).processor, [VIDEO, VIDEOS])
+    results = [logits(case(checkpoint, chunk=size, **WAYS[way]).model, inputs) for size in (1, 4, 100)]
     for result in results[1:]:
         assert_same(result, results[0])
 
@@ -228,15 +174,15 @@ def test_chunks_of_the_tower_do_not_change_features(case, checkpoint, way):
 @pytest.mark.parametrize("chats", [MIXED, MIXED[::-1], [VIDEO, TEXT]], ids=["mixed", "reversed", "two"])
 def test_rows_of_a_batch_equal_single_rows(case, checkpoint, way, chats):
     loaded = case(checkpoint, **WAYS[way])
-    inputs = encode(loaded, chats)
+    inputs = encode(loaded.processor, chats)
     for row, chat in enumerate(chats):
-        single = encode(loaded, chat)
+        single = encode(loaded.processor, chat)
         length = single["input_ids"].shape[1]
         assert inputs["input_ids"][row, -length:].tolist() == single["input_ids"][0].tolist()
         assert not inputs["attention_mask"][row, :-length].any()
-    together = logits(loaded, inputs)
+    together = logits(loaded.model, inputs)
     for row, chat in zip(together, chats):
-        assert_same(row, logits(loaded, encode(loaded, chat))[0])
+        assert_same(row, logits(loaded.model, encode(loaded.processor, chat))[0])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -252,29 +198,29 @@ def test_rows_of_a_batch_equal_single_rows(case, checkpoint, way, chats):
 )
 def test_ways_of_decoding_agree(case, way, options):
     loaded = case(**WAYS[way])
-    inputs = encode(loaded, MIXED)
-    expected = logits(loaded, inputs).repeat_interleave(options.get("num_return_sequences", 1), dim=0)
-    assert_same(logits(loaded, inputs, **options), expected)
+    inputs = encode(loaded.processor, MIXED)
+    expected = logits(loaded.model, inputs).repeat_interleave(options.get("num_return_sequences", 1), dim=0)
+    assert_same(logits(loaded.model, inputs, **options), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_beams_of_a_batch_see_their_own_videos(case, way):
     loaded = case(**WAYS[way])
     options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": 151650}
-    together = loaded.model.generate(**encode(loaded, MIXED), **options)[:, -5:]
+    together = loaded.model.generate(**encode(loaded.processor, MIXED), **options)[:, -5:]
     for row, chat in zip(together, MIXED):
-        assert row.tolist() == loaded.model.generate(**encode(loaded, chat), **options)[0, -5:].tolist()
+        assert row.tolist() == loaded.model.generate(**encode(loaded.processor, chat), **options)[0, -5:].tolist()
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 5}], ids=str)
 def test_every_frame_is_encoded_once(case, way, options):
     loaded, seen = case(**WAYS[way]), []
-    inputs = encode(loaded, MIXED)
+    inputs = encode(loaded.processor, MIXED)
     hook = loaded.model.model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
     )
-    logits(loaded, inputs, **options)
+    logits(loaded.model, inputs, **options)
     hook.remove()
     assert sum(seen) == len(inputs["pixel_values"]) + len(inputs.get("pixel_values_videos", []))
 
@@ -289,12 +235,12 @@ def test_a_continued_chat_equals_one_without_cache(case, way, turns):
     loaded = case(**WAYS[way])
     first, second = turns
     past = DynamicCache(config=loaded.model.config.text_config)
-    whole = encode(loaded, [*first, said("It is blue"), *second])
-    begin = encode(loaded, first)
+    whole = encode(loaded.processor, [*first, said("It is blue"), *second])
+    begin = encode(loaded.processor, first)
     with torch.no_grad():
         loaded.model(**begin, past_key_values=past)
     assert whole["input_ids"][0, : past.get_seq_length()].tolist() == begin["input_ids"][0].tolist()
-    assert_same(logits(loaded, whole, past_key_values=past), logits(loaded, whole, use_cache=False))
+    assert_same(logits(loaded.model, whole, past_key_values=past), logits(loaded.model, whole, use_cache=False))
 
 
 # ---- files
@@ -311,7 +257,7 @@ def write_video(path, frames=10):
 
 
 def count_frames(loaded, source, **options):
-    return encode(loaded, [user(source, "What?")], **options)["video_grid_thw"][0, 0]
+    return encode(loaded.processor, [user(source, "What?")], **options)["video_grid_thw"][0, 0]
 
 
 def test_the_checkpoint_says_how_many_frames_a_file_gives(case, tmp_path):
@@ -336,8 +282,8 @@ def test_a_broken_video_is_named_and_the_processor_goes_on(case, way, tmp_path):
     loaded = case(**WAYS[way])
     (tmp_path / "broken.mp4").write_text("no video")
     with pytest.raises(ValueError, match=r"^prompt 1: video 0: the video 'broken.mp4' is broken"):
-        encode(loaded, [VIDEO, [user(tmp_path / "broken.mp4", "What?")]])
-    assert len(encode(loaded, VIDEO)["input_ids"]) == 1
+        encode(loaded.processor, [VIDEO, [user(tmp_path / "broken.mp4", "What?")]])
+    assert len(encode(loaded.processor, VIDEO)["input_ids"]) == 1
 
 
 @pytest.mark.parametrize("way", ["shown", "encoded"])

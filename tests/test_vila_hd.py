@@ -7,58 +7,26 @@ import sys
 
 import pytest
 import torch
-from conftest import COMMITTED_GOLDENS
+from chat_requests import encode
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, DynamicCache, pipeline
 from vila.conversion_vila import convert
 from vila.loading_vila import Checkpoint
-
-CASE = COMMITTED_GOLDENS / "vila_hd" / "vila_hd_vlm"
-SIZE = 280
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return convert(CASE / "checkpoint", tmp_path_factory.mktemp("vila_hd") / "tiny-hd")
+from vila_hd_requests import CASE, NONE, ONE, TWO, picture, text, user
+from without_package import WITHOUT_PACKAGE
 
 
 @pytest.fixture(scope="module")
-def loaded(folder):
-    return AutoModel.from_pretrained(folder, dtype="float32").eval()
-
-
-@pytest.fixture
-def model(loaded):
-    return loaded
+def model(vila_hd_folder):
+    return AutoModel.from_pretrained(vila_hd_folder, dtype="float32").eval()
 
 
 @pytest.fixture(scope="module")
-def processor(folder):
-    return AutoProcessor.from_pretrained(folder)
+def processor(vila_hd_folder):
+    return AutoProcessor.from_pretrained(vila_hd_folder)
 
 
-def picture(number=0):
-    return {"type": "image", "path": str(CASE / f"input_{number}.png")}
-
-
-def text(content):
-    return {"type": "text", "text": content}
-
-
-def user(*content):
-    return {"role": "user", "content": list(content)}
-
-
-ONE = [user(picture(0), text("what is the color of the big sign?"))]
-TWO = [user(picture(0), picture(1), text("what is in the picture?"))]
-NONE = [user(text("where does the exit lead to?"))]
 LATE = [user(text("hello")), {"role": "assistant", "content": [text("yes?")]}, user(picture(1), text("what is it?"))]
-
-
-def encode(processor, chats, **options):
-    return processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
-    )
 
 
 def answer(model, inputs, **options):
@@ -116,8 +84,8 @@ def test_ways_of_generating_give_the_same_answer(options, model, processor):
     assert answer(model, inputs, **options).tolist() == answer(model, inputs).tolist()
 
 
-def test_pipeline_takes_look_options(folder):
-    pipe = pipeline("image-text-to-text", model=str(folder), dtype="float32", device="cpu")
+def test_pipeline_takes_look_options(vila_hd_folder):
+    pipe = pipeline("image-text-to-text", model=str(vila_hd_folder), dtype="float32", device="cpu")
     answers = [
         pipe(text=ONE, max_new_tokens=8, return_full_text=False, generate_kwargs=options)[0]["generated_text"]
         for options in ({"num_look_close": 0}, {"num_look_close": 4})
@@ -125,8 +93,8 @@ def test_pipeline_takes_look_options(folder):
     assert answers[0] != answers[1]
 
 
-def test_bfloat16_answers(folder, processor):
-    half = AutoModel.from_pretrained(folder, dtype="bfloat16").eval()
+def test_bfloat16_answers(vila_hd_folder, processor):
+    half = AutoModel.from_pretrained(vila_hd_folder, dtype="bfloat16").eval()
     inputs = encode(processor, [TWO, NONE])
     output = half.generate(**inputs, max_new_tokens=4, num_look_close=2, output_selection_maps=True)
     assert output.selection_maps[0].sum((1, 2)).tolist() == [24, 24]
@@ -194,8 +162,8 @@ def test_nothing_is_computed_twice(model, processor, monkeypatch):
     assert len(lengths) == 3
 
 
-def test_pictures_one_at_a_time_give_the_same_answer(folder, processor):
-    model, inputs = AutoModel.from_pretrained(folder, dtype="float32").eval(), encode(processor, TWO)
+def test_pictures_one_at_a_time_give_the_same_answer(vila_hd_folder, processor):
+    model, inputs = AutoModel.from_pretrained(vila_hd_folder, dtype="float32").eval(), encode(processor, TWO)
     expected = answer(model, inputs, num_look_close=2)
     model.config.vision_chunk_size = 1
     assert torch.equal(answer(model, inputs, num_look_close=2), expected)
@@ -293,8 +261,8 @@ def test_options_without_sense_are_refused_by_name(options, message, model, proc
     assert answer(model, inputs).shape == (1, 8)
 
 
-def test_more_than_the_context_holds_is_refused(folder, processor):
-    small = AutoModel.from_pretrained(folder, dtype="float32").eval()
+def test_more_than_the_context_holds_is_refused(vila_hd_folder, processor):
+    small = AutoModel.from_pretrained(vila_hd_folder, dtype="float32").eval()
     small.config.text_config.max_position_embeddings = 80
     with pytest.raises(ValueError, match="context"):
         small.generate(**encode(processor, ONE), num_look_close="all", max_new_tokens=1)
@@ -350,15 +318,8 @@ def test_saved_model_loads_with_the_code_beside_it(model, processor, tmp_path):
     assert (saved / "modeling_vila_hd.py").is_file() and (saved / "selection_ps3.py").is_file()
 
 
-WITHOUT_PACKAGE = """
-import json, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name == "vila" or name.startswith("vila."):
-            raise ImportError("the package must not be needed")
-
-sys.meta_path.insert(0, Refuse())
+LOOK_AND_ENCODE = """
+import json
 import torch
 from transformers import AutoModel, AutoProcessor
 
@@ -377,10 +338,10 @@ json.dump({"ids": new_ids, "tokens": features.shape[1], "size": image.size}, sys
 """
 
 
-def test_code_beside_the_weights_answers_without_the_package(folder, model, processor, tmp_path):
+def test_code_beside_the_weights_answers_without_the_package(vila_hd_folder, model, processor, tmp_path):
     encoder = convert(CASE / "checkpoint" / "vision_tower", tmp_path / "tiny-encoder")
     result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), str(encoder), json.dumps(ONE)],
+        [sys.executable, "-c", WITHOUT_PACKAGE + LOOK_AND_ENCODE, str(vila_hd_folder), str(encoder), json.dumps(ONE)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
@@ -408,18 +369,18 @@ def test_overlay_shows_what_was_looked_at(model, processor):
         processor.draw_selection(image, maps, index=5)
 
 
-def test_another_template_ends_the_question_elsewhere(folder, model):
-    checkpoint = Checkpoint(folder, "vicuna_v1")
+def test_another_template_ends_the_question_elsewhere(vila_hd_folder, model):
+    checkpoint = Checkpoint(vila_hd_folder, "vicuna_v1")
     processor = checkpoint.load_processor()
     ends = checkpoint.load_model(processor, "cpu").config.user_end_ids
     assert processor.tokenizer.decode(ends) == "ASSISTANT:"
     assert processor.tokenizer.decode(model.config.user_end_ids) == "<|im_end|>\n<|im_start|>assistant"
 
 
-def test_command_line_looks_as_it_is_told(folder, capsys):
+def test_command_line_looks_as_it_is_told(vila_hd_folder, capsys):
     from vila.infer import main, parse_arguments
 
-    base = ["-m", str(folder), "--media", str(CASE / "input_0.png"), "--text", "what?", "--device", "cpu"]
+    base = ["-m", str(vila_hd_folder), "--media", str(CASE / "input_0.png"), "--text", "what?", "--device", "cpu"]
     answers = []
     for look in ([], ["--num-look-close", "all"], ["--num_look_close", "0", "--look-close-mode", "after_image"]):
         main([*base, "--max-new-tokens", "8", *look])

@@ -21,6 +21,7 @@ from nbclient import NotebookClient
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
+from without_package import WITHOUT_PACKAGE
 
 FOLDER = evaluate.DEFAULT_MODEL
 SCORES = {row["trial"]: row for row in json.loads((FOLDER / publish.SCORES).read_text())["scores"]}
@@ -81,8 +82,7 @@ def test_published_folders_are_loadable(tmp_path):
 def test_it_loads_where_the_package_is_not_installed(tmp_path):
     """In a process of its own, from a copy of the folder."""
     copy = shutil.copytree(FOLDER, tmp_path / "vila-nano")
-    code = (
-        "import sys; sys.modules['vila'] = None\n"
+    code = WITHOUT_PACKAGE + (
         "from PIL import Image\n"
         "from transformers import pipeline\n"
         "picture = {'type': 'image', 'image': Image.new('RGB', (112, 112), 'white')}\n"
@@ -156,8 +156,8 @@ def test_in_int4_it_still_sees(processor, tmp_path):
     subprocess.run([*command, "--samples", "16", "--max-tokens", "256"], check=True)
     weights = target / "model.safetensors"
     assert weights.stat().st_size < 0.6 * (FOLDER / weights.name).stat().st_size
-    code = (
-        "import sys; sys.modules['vila'] = sys.modules['gptqmodel'] = sys.modules['awq'] = None\n"
+    code = WITHOUT_PACKAGE + (
+        "sys.modules['gptqmodel'] = sys.modules['awq'] = None\n"
         "import json\n"
         "from answering import score\n"
         "from transformers import AutoModel, AutoProcessor\n"

@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from chat_requests import noise_picture
 from transformers import (
     pipeline,
 )
-from vila_u_requests import PROMPTS, draw, encode, noise_picture, user
+from vila_u_requests import PROMPTS, draw, encode, user
 
 
 @pytest.fixture

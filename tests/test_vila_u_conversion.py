@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from chat_requests import noise_picture
 from conftest import REPOSITORY
 from PIL import Image
 from safetensors import safe_open
@@ -31,7 +32,8 @@ from vila.original_config_vila_u import SIGLIP_CONFIGS, siglip_config
 from vila.quantization_vila import Int4Linear
 from vila.quantize.checkpoint import quantize
 from vila.quantize.options import Options
-from vila_u_requests import CASE, PROMPTS, draw, noise_picture
+from vila_u_requests import CASE, PROMPTS, draw
+from without_package import WITHOUT_PACKAGE
 
 
 @pytest.fixture
@@ -234,13 +236,7 @@ def test_options_without_sense_are_refused(options, message):
 
 # ------------------------------------------------------------------------------------------------------- the ways in
 
-WITHOUT_PACKAGE = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name == "vila" or name.startswith("vila."):
-            raise ImportError("the package must not be needed")
-sys.meta_path.insert(0, Refuse())
+DRAW = """
 from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="float32")
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -252,7 +248,7 @@ processor.post_process_multimodal_output(drawn.pixel_values, generation_mode="im
 
 def test_code_beside_the_weights_draws_without_the_package(folder, tmp_path, model, processor):
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), str(tmp_path / "drawn.png")]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + DRAW, str(folder), str(tmp_path / "drawn.png")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     output = draw(model, processor, ["A snowy mountain."])

@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from chat_requests import noise_picture
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -14,7 +15,7 @@ from transformers import (
     LogitsProcessorList,
 )
 from vila.generation_vila_u import VilaUPictureStreamer
-from vila_u_requests import LIKELIEST, PROMPTS, draw, encode, noise_picture, user
+from vila_u_requests import LIKELIEST, PROMPTS, draw, encode, user
 
 
 @pytest.fixture

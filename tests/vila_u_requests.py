@@ -1,17 +1,10 @@
 """What the tests of VILA-U ask a model for."""
 
-import numpy as np
 from conftest import VILA_U_CASE
-from PIL import Image
 
 CASE = VILA_U_CASE
 PROMPTS = ["A snowy mountain.", "Fireworks in the air, over a river, at night.", "Cats."]
 LIKELIEST = {"do_sample": False}
-
-
-def noise_picture(seed, size=(60, 60)):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def user(*content):
