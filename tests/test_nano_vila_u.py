@@ -119,10 +119,11 @@ def test_the_judge_sees_nothing_in_an_empty_picture(colour):
     assert look(Image.new("RGB", (SIDE, SIDE), colour)) == []
 
 
-def test_the_judge_names_no_shape_for_a_smear():
+@pytest.mark.parametrize("boxes", ([(10, 30, 40, 33), (10, 30, 13, 50)], [(6, 6, 58, 58)]), ids=("smear", "too large"))
+def test_the_judge_names_no_shape_for_what_is_none(boxes):
     picture = Image.new("RGB", (SIDE, SIDE), "white")
-    picture.paste((214, 38, 38), (10, 30, 54, 33))
-    picture.paste((214, 38, 38), (10, 30, 13, 50))
+    for box in boxes:
+        picture.paste((214, 38, 38), box)
     assert [piece[1] for piece in look(picture)] == [None]
 
 
@@ -218,6 +219,7 @@ def test_an_untrained_model_is_scored(folder, tmp_path, capsys):
         ["--model", str(folder), "--samples", "2", "--scales", "1", "3", "--sheet", str(sheet), "--dtype", "float32"]
     )
     found = json.loads(capsys.readouterr().out)
+    assert {name: list(found[name]) for name in evaluate_u.SPLITS} == dict.fromkeys(evaluate_u.SPLITS, ["1.0", "3.0"])
     assert found["drawing"]["1.0"]["questions"] == 2 and found["unseen"]["3.0"]["score"] == 0
     assert found["understanding"] is None
     assert Image.open(sheet).width == evaluate_u.COLUMNS * SIDE * evaluate_u.ZOOM

@@ -13,6 +13,7 @@ from vocabulary import COLOURS, SHAPES
 
 MIN_CONTRAST = 60  # of a pixel that is not ground, the sum over its channels
 MIN_PIECE = 40  # pixels; smaller pieces are taken for noise
+MAX_SIDE = 36  # of a piece that is a shape: everything drawn is smaller
 MIN_OVERLAP = 0.6  # with the likeliest shape, intersection over union
 GRID = 24  # shapes are compared at that size
 
@@ -49,7 +50,9 @@ def template(shape: str) -> np.ndarray:
 
 
 def shape_of(mask: np.ndarray) -> str | None:
-    """The shape that a piece overlaps with most; None if it is like none."""
+    """The shape that a piece overlaps with most; None if it is like none, or too large."""
+    if max(mask.any(0).sum(), mask.any(1).sum()) > MAX_SIDE:
+        return None
     part = stretched(mask)
     overlaps = {s: (part & template(s)).sum() / (part | template(s)).sum() for s in SHAPES}
     best = max(overlaps, key=overlaps.__getitem__)
