@@ -1,4 +1,4 @@
-"""The recipe of examples/nano_u: frozen scenes and judge, codes that learn, stages that go on where they were stopped."""
+"""examples/nano_u: frozen scenes and judge, codes that learn, stages that go on where they were stopped."""
 
 import dataclasses
 import hashlib
@@ -219,7 +219,7 @@ def test_an_untrained_model_is_scored(folder, tmp_path, capsys):
         ["--model", str(folder), "--samples", "2", "--scales", "1", "3", "--sheet", str(sheet), "--dtype", "float32"]
     )
     found = json.loads(capsys.readouterr().out)
-    assert {name: list(found[name]) for name in evaluate_u.SPLITS} == dict.fromkeys(evaluate_u.SPLITS, ["1.0", "3.0"])
+    assert all(list(found[name]) == ["1.0", "3.0"] for name in evaluate_u.SPLITS)
     assert found["drawing"]["1.0"]["questions"] == 2 and found["unseen"]["3.0"]["score"] == 0
     assert found["understanding"] is None
     assert Image.open(sheet).width == evaluate_u.COLUMNS * SIDE * evaluate_u.ZOOM

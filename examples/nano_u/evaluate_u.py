@@ -89,6 +89,27 @@ def contact_sheet(asked: list[Scene], pictures: list[Image.Image]) -> Image.Imag
     return sheet
 
 
+def percent(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{100 * row['score']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def table_of(report: dict[str, Any]) -> str:
+    """Markdown of what `evaluate` found."""
+    scales, depths = list(report["drawing"]), report["reconstruction"]
+    titles = {"drawing": "pictures that are right", "unseen": "the same, half of the things of unseen pairs"}
+    lines = [
+        "| guidance | " + " | ".join(f"{float(scale):g}" for scale in scales) + " |",
+        "|---" * (len(scales) + 1) + "|",
+    ]
+    lines += [f"| {titles[name]} | " + " | ".join(percent(report[name][s]) for s in scales) + " |" for name in SPLITS]
+    lines += ["", "| | |", "|---|---|"]
+    if report["understanding"]:
+        asked = report["understanding"]["questions"]
+        lines.append(f"| {asked} questions about its own right pictures | {percent(report['understanding'])} |")
+    return "\n".join([*lines, *(f"| reconstruction, {name} | {value:.1f} dB |" for name, value in depths.items())])
+
+
 def row(right: int, total: int) -> dict[str, Any]:
     return {"score": right / total, "interval": wilson(right, total), "questions": total}
 
