@@ -43,6 +43,7 @@ class Stage:
         sequence_parallel: processes that share a row.
         adapters: whether adapters of the language model are trained and merged, or everything.
         drawn: rows of `haystack.py` where no data is given.
+        tower: whether the vision tower is trained with all else; vila-nano's was trained by itself.
     """
 
     max_length: int
@@ -55,6 +56,7 @@ class Stage:
     adapters: bool = False
     schedule: str = "constant_with_warmup"
     drawn: int = 0
+    tower: bool = True
 
 
 STAGES = {
@@ -67,9 +69,9 @@ STAGES = {
     "longvila/sft-1024": Stage(262_144, 5e-5, num_frames=1024, sequence_parallel=28, schedule="cosine"),
     "longvila/sft-2048": Stage(524_288, 5e-5, num_frames=2048, sequence_parallel=28, schedule="cosine"),
     # the same in small: what fits into vila-nano's own context, then six times as much
-    "nano/short": Stage(2_048, 3e-4, num_frames=256, fps=0, schedule="cosine", drawn=1_600),
-    "nano/extend": Stage(12_288, 1e-3, 250_000, 30, adapters=True, drawn=240),
-    "nano/long": Stage(12_288, 3e-4, num_frames=2048, fps=0, schedule="cosine", drawn=800),
+    "nano/short": Stage(2_048, 3e-4, num_frames=256, fps=0, schedule="cosine", drawn=1_200, tower=False),
+    "nano/extend": Stage(12_288, 1e-3, 250_000, 6, adapters=True, drawn=48),
+    "nano/long": Stage(12_288, 3e-4, num_frames=2048, fps=0, schedule="cosine", drawn=200, tower=False),
 }
 NANO_BATCH = 8  # rows per step of the drawn stages
 
@@ -154,7 +156,7 @@ def rows_of(stage: Stage, options: Options, seed: int) -> Any:
 def trained_parts(model: Any, stage: Stage) -> Any:
     """The model, or with adapters around it."""
     if not stage.adapters:
-        return train_only(model, parts_of(model))
+        return train_only(model, [part for part in parts_of(model) if stage.tower or part != "vision_tower"])
     from peft import LoraConfig, get_peft_model
 
     settings = {name: value for name, value in LORA.items() if name != "lora_dropout"}

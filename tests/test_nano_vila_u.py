@@ -13,7 +13,7 @@ import PIL
 import pytest
 import torch
 import train_u
-from codes_training import CodesTraining, LabelledScenes, psnr, quality
+from codes_training import CodesTraining, LabelledScenes, normalise, psnr, quality
 from drawing import Thing
 from drawn_judge import is_right, look
 from drawn_scenes import DESCRIBED, SIDE, DrawnScenes, Scene, draw_picture, draw_scene, questions
@@ -177,6 +177,25 @@ def test_codebooks_follow_what_they_stand_for(folder, monkeypatch):
         assert not torch.equal(table.weight[:-1], before[:-1]) and table.weight.isfinite().all()
     found = quality(trainee.train(False) and AutoModel.from_pretrained(folder, dtype="float32").model, pictures=4)
     assert list(found) == ["mean picture", "depth 1", "depth 2", "depth 3", "depth 4"]
+
+
+def test_normalised_features_have_the_same_codes_and_pixels(folder):
+    torch.manual_seed(0)
+    model = AutoModel.from_pretrained(folder, dtype="float32").eval()
+    pixels = torch.stack([row["pixel_values"] for row in itertools.islice(LabelledScenes(8), 8)])
+    with torch.no_grad():
+        for table in model.model.quantizer.codebooks:
+            table.weight[:-1].normal_()
+        last = [module for name, module in model.model.vision_tower.named_modules() if name.endswith("fc2")][-1]
+        last.bias.add_(torch.randn_like(last.bias) * 3)
+        codes = model.encode_image(pixels)
+        before = model.decode_codes(codes)
+        normalise(model.model, pixels)
+        features = model.model.vision_tower(pixel_values=pixels).last_hidden_state
+        assert torch.equal(model.encode_image(pixels), codes)
+        torch.testing.assert_close(model.decode_codes(codes), before, atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.mean((0, 1)), torch.zeros(features.shape[-1]), atol=1e-4, rtol=0)
+    assert features.std().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_psnr_is_that_of_values_from_minus_one_to_one():

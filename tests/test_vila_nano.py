@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 
@@ -13,20 +12,17 @@ import judge
 import nbformat
 import publish
 import pytest
-import torch
 from answering import answer, score
 from conftest import REPOSITORY
 from episodes import image_block
 from nbclient import NotebookClient
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 from without_package import WITHOUT_PACKAGE
 
 FOLDER = evaluate.DEFAULT_MODEL
 SCORES = {row["trial"]: row for row in json.loads((FOLDER / publish.SCORES).read_text())["scores"]}
 GOALS = [trial for trial, row in SCORES.items() if row["goal"]]
-MAX_BYTES = 16_000_000
 NANO = REPOSITORY / "examples" / "nano"
 
 
@@ -47,52 +43,6 @@ def episodes_of(trial, count, seed=1):
 def accuracy(model, processor, episodes, max_new_tokens=16):
     answers = answer(model, processor, episodes, max_new_tokens)
     return sum(map(judge.is_right, episodes, answers)) / len(episodes)
-
-
-# ----------------------------------------------------------------------------------------------------- the folder
-
-
-def test_the_folder_is_small_and_has_no_copy_of_the_code():
-    (weights,) = FOLDER.glob("*.safetensors")
-    assert weights.stat().st_size <= MAX_BYTES
-    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
-    modules = sorted(FOLDER.glob("*.py"))
-    assert modules and all(module.resolve() == REPOSITORY / module.name for module in modules)
-
-
-def test_links_are_those_that_the_modules_need(tmp_path):
-    shutil.copy(FOLDER / "config.json", tmp_path)
-    publish.link_modules(tmp_path)
-    assert {link.name for link in tmp_path.glob("*.py")} == {module.name for module in FOLDER.glob("*.py")}
-
-
-def test_the_card_and_the_readme_show_the_measured_scores():
-    table = evaluate.table_of(list(SCORES.values()))
-    assert table in (FOLDER / "README.md").read_text()
-    assert table in (REPOSITORY / "README.md").read_text()
-
-
-def test_published_folders_are_loadable(tmp_path):
-    report = FOLDER / publish.SCORES
-    target = tmp_path / "checkpoints" / "vila-nano"
-    publish.main([str(FOLDER), str(report), "--target", str(target)])
-    assert {path.name for path in target.iterdir()} == {path.name for path in FOLDER.iterdir()}
-    assert (target / "README.md").read_text() == (FOLDER / "README.md").read_text()
-
-
-def test_it_loads_where_the_package_is_not_installed(tmp_path):
-    """In a process of its own, from a copy of the folder."""
-    copy = shutil.copytree(FOLDER, tmp_path / "vila-nano")
-    code = WITHOUT_PACKAGE + (
-        "from PIL import Image\n"
-        "from transformers import pipeline\n"
-        "picture = {'type': 'image', 'image': Image.new('RGB', (112, 112), 'white')}\n"
-        "content = [picture, {'type': 'text', 'text': 'Is there a star?'}]\n"
-        "pipe = pipeline('image-text-to-text', model=sys.argv[1], trust_remote_code=True)\n"
-        "print(pipe(text=[{'role': 'user', 'content': content}], max_new_tokens=4)[0]['generated_text'])\n"
-    )
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", code, str(copy)], check=True, env=environment, cwd=tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- it sees

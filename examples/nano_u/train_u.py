@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 
 import torch
 from build_u import build, save
-from codes_training import CodesTraining, LabelledScenes, quality
+from codes_training import CodesTraining, LabelledScenes, normalise, quality
 from drawn_scenes import DrawnScenes
 from optimizer import MuonAdamW
 from torch.utils.data import default_collate
@@ -28,6 +29,7 @@ from vila.training_vila_u import VilaUDataCollator
 logger = logging.getLogger("nano_u")
 OUTPUT = Path(__file__).resolve().parents[2] / "nano-u-run"
 FINAL, LOG = "final", "log.jsonl"
+NORMALISED = 256  # pictures that the mean of features is taken from
 CODES_STEPS, CODES_BATCH, CODES_RATE = 3000, 16, 2e-3
 STEPS, BATCH, RATE = 3000, 32, 2e-3
 CAPTION_DROPOUT = 0.1
@@ -100,7 +102,9 @@ def train_codes(start: Path, folder: Path, options: argparse.Namespace) -> None:
     trainee, steps = CodesTraining(model.model), max(1, round(CODES_STEPS * options.steps))
     rows = lambda first: LabelledScenes(patch, options.seed, first)  # noqa: E731
     run(trainee, folder, options, steps, CODES_BATCH, CODES_RATE, rows=rows, collator=default_collate)
-    logger.info("Reconstruction: %s", json.dumps(quality(model.model.eval())))
+    some = list(islice(rows(0), NORMALISED))
+    normalise(model.model.eval(), torch.stack([row["pixel_values"] for row in some]))
+    logger.info("Reconstruction: %s", json.dumps(quality(model.model)))
     save(model, processor, folder / FINAL, torch.float32)
 
 
