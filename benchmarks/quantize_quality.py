@@ -46,25 +46,35 @@ def divergence(whole: Any, model: Any, processor: Any, trials: list[str], sample
     return total / count
 
 
+def all_variants() -> dict[str, Options | None]:
+    """Rows of the table and how each is quantised; GPTQ where optimum is installed."""
+    variants: dict[str, Options | None] = {"bfloat16": None}
+    for bits in (4, 3):
+        variants[f"RTN, {bits} bits"] = Options("rtn", bits)
+        variants[f"AWQ, {bits} bits"] = Options("awq", bits)
+        if find_spec("optimum") is not None:
+            variants[f"GPTQ, {bits} bits"] = Options("gptq", bits)
+    variants["AWQ, 4 bits, int8 head"] = Options("awq", 4, head_bits=8)
+    return variants
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--samples", type=int, default=400, help="questions per task (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration", help="see vila.quantize (default: what is drawn, and prose)")
+    parser.add_argument("--variants", nargs="+", metavar="TITLE", help="rows of the table (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object per variant instead of the table")
     options = parser.parse_args()
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     trials = [name for name in TRIALS if name not in CONTROLS and "shuffled" not in name]
     whole = load(options.model)
     with tempfile.TemporaryDirectory() as name:
-        variants: dict[str, Any] = {"bfloat16": None}
-        for bits in (4, 3):
-            variants[f"RTN, {bits} bits"] = Options("rtn", bits)
-            variants[f"AWQ, {bits} bits"] = Options("awq", bits)
-            if find_spec("optimum") is not None:
-                variants[f"GPTQ, {bits} bits"] = Options("gptq", bits)
-        variants["AWQ, 4 bits, int8 head"] = Options("awq", 4, head_bits=8)
+        variants = all_variants()
+        if unknown := sorted(set(options.variants or ()) - set(variants)):
+            parser.error(f"no variant {', '.join(unknown)}; there are {', '.join(variants)}")
+        variants = {title: variants[title] for title in options.variants or variants}
         for number, (title, choice) in enumerate(variants.items()):
             model = whole
             if choice is not None:

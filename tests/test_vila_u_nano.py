@@ -38,7 +38,7 @@ def draw(model, processor, scenes, scale=BEST):
 @pytest.fixture(scope="module")
 def scenes():
     """Scenes that were not measured."""
-    return evaluate_u.scenes(SAMPLES, SEED, evaluate_u.SPLITS["drawing"])
+    return evaluate_u.scenes(SAMPLES, SEED, "validation")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_same_seed_draws_the_same(model, processor, scenes, pictures):
 
 
 def test_it_sees_what_is_drawn(model, processor):
-    scenes = evaluate_u.scenes(SAMPLES, SEED, evaluate_u.SPLITS["drawing"], DESCRIBED)
+    scenes = evaluate_u.scenes(SAMPLES, SEED, "validation", DESCRIBED)
     shown = [(scene, draw_picture(random.Random(number), scene)) for number, scene in enumerate(scenes)]
     right, total = evaluate_u.understand(model, processor, shown, SEED)
     swapped = [(scene, picture) for (scene, _), (_, picture) in zip(shown, [*shown[1:], shown[0]])]
