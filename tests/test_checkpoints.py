@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import evaluate_u
 import publish
 import pytest
 import torch
@@ -18,7 +17,6 @@ CHECKPOINTS = REPOSITORY / "checkpoints"
 # folder -> where its card is written, and what makes a table of its scores
 KINDS = {
     "vila-nano": (publish.CARD, publish.scores_table),
-    "vila-u-nano": (publish.CARD.parents[1] / "nano_u" / "model_card.md", evaluate_u.table_of),
 }
 MAX_BYTES = 16_000_000
 

@@ -1,4 +1,4 @@
-"""Scores a VILA-U on drawn scenes: `python examples/nano_u/evaluate_u.py --model DIR`.
+"""Scores a VILA-U on drawn scenes: `python examples/nano_u/evaluate_u.py [--model DIR]`.
 
 - drawing: share of its pictures that show what was asked for, by `drawn_judge`, for several guidance scales;
 - unseen: the same at the best scale, where half of the things are pairs of colour and shape never trained on;
@@ -23,10 +23,11 @@ from episodes import image_block, text_block
 from judge import check_words, wilson
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+from train_u import FINAL, OUTPUT
 from transformers import AutoModel, AutoProcessor
 from vocabulary import Split
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "vila-u-nano"
+DEFAULT_MODEL = OUTPUT / FINAL
 SAMPLES, BATCH_SIZE = 200, 50
 SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 ZOOM, COLUMNS, CAPTION = 2, 6, 14
