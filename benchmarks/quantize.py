@@ -39,6 +39,7 @@ TOWER = {
     "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 2, "image_size": 56, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
+TOWER_PATCHES, TOWER_LAYER = 1024, (1152, 4304)  # SigLIP-so400m at 448 pixels
 VARIANTS = ("bfloat16", "int4", "int4, int8 head")
 
 
@@ -162,6 +163,20 @@ def measure_times(folder: Path, device: str, repeats: int) -> None:
 
 
 @torch.inference_mode()
+def measure_tower(repeats: int) -> None:
+    """What int8 weights would do for a vision tower: one of its layers on the patches of a picture."""
+    hidden = torch.randn(TOWER_PATCHES, TOWER_LAYER[0]).bfloat16()
+    weight = torch.randn(TOWER_LAYER[::-1]).bfloat16()
+    values, scales = torch.randint(-127, 128, weight.shape, dtype=torch.int8), torch.ones(len(weight)).bfloat16()
+    works = {
+        "bfloat16": partial(torch.nn.functional.linear, hidden, weight),
+        "int8": partial(torch.ops.aten._weight_int8pack_mm, hidden, values, scales),
+    }
+    ratios = [seconds_of(works["bfloat16"]) / seconds_of(works["int8"]) for _ in range(repeats + 1)][1:]
+    sys.stdout.write(f"tower    int8 weights   {statistics.median(ratios):5.2f} x as fast as bfloat16\n")
+
+
+@torch.inference_mode()
 def measure_memory(variant: str, folder: Path) -> None:
     """Peak of loading, a prompt and some tokens, above what the imports take."""
     before = resident("VmRSS")
@@ -188,6 +203,7 @@ def main() -> None:
         sys.stdout.write(f"round: {cost['seconds']:.0f} s, peak {cost['peak'] / 1024:.2f} GiB\n")
         measure_times(folder, options.device, options.repeats)
         if options.device == "cpu":
+            measure_tower(options.repeats)
             peaks = {}
             for variant in VARIANTS:
                 command = [sys.executable, __file__, "--child", variant, name]
