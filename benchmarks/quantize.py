@@ -23,6 +23,7 @@ from timing import generate, resident, seconds_of
 from transformers import GenerationConfig
 from vila import VilaConfig, VilaForConditionalGeneration, VilaImageProcessor, VilaProcessor
 from vila.families_vila import VILA
+from vila.packed_linear_vila import pack_linears
 from vila.quantization_vila import Int4Linear, Int8Head
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "nano"))
@@ -40,7 +41,8 @@ TOWER = {
     "num_attention_heads": 2, "image_size": 56, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
 TOWER_PATCHES, TOWER_LAYER = 1024, (1152, 4304)  # SigLIP-so400m at 448 pixels
-VARIANTS = ("bfloat16", "int4", "int4, int8 head")
+VARIANTS = ("bfloat16", "int4", "int4, packed head", "int4, int8 head")
+CPU_ONLY = ("int4, packed head",)
 
 
 def config_of(shape: str) -> VilaConfig:
@@ -96,6 +98,8 @@ def load(variant: str, folder: Path, device: str = "cpu") -> Any:
     model = VilaForConditionalGeneration.from_pretrained(source, dtype="bfloat16").eval()
     if variant.endswith("int8 head"):
         model.set_output_embeddings(Int8Head(model.lm_head, is_tied=model.config.tie_word_embeddings))
+    elif variant.endswith("packed head"):
+        pack_linears(model)
     return model.to(device)
 
 
@@ -108,7 +112,8 @@ def bytes_per_token(model: Any) -> float:
         elif isinstance(module, torch.nn.Linear):
             total += module.weight.nbytes
     head = model.lm_head
-    return total + (head.values.nbytes if isinstance(head, Int8Head) else head.weight.nbytes)
+    per_weight = 1 if isinstance(head, Int8Head) else 2
+    return total + per_weight * head.in_features * head.out_features
 
 
 def bandwidth_of(device: str) -> float:
@@ -140,7 +145,8 @@ def measure_times(folder: Path, device: str, repeats: int) -> None:
     bandwidth = bandwidth_of(device)
     sys.stdout.write(f"bandwidth {bandwidth / 1e9:.1f} GB/s\n")
     compiled: dict[str, Any] = {"cache_implementation": "static"} if device == "cuda" else {}
-    loaded = {variant: load(variant, folder, device) for variant in VARIANTS}
+    variants = [variant for variant in VARIANTS if device == "cpu" or variant not in CPU_ONLY]
+    loaded = {variant: load(variant, folder, device) for variant in variants}
     ids = prompt(device)
     works: dict[str, Callable[[Any], float]] = {
         "decode": lambda model: statistics.median(generate(model, NEW_TOKENS, input_ids=ids, **compiled)),
@@ -149,16 +155,16 @@ def measure_times(folder: Path, device: str, repeats: int) -> None:
     for row, work in works.items():
         for model in loaded.values():
             work(model)
-        seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        seconds: dict[str, list[float]] = {variant: [] for variant in variants}
         for number in range(repeats):
-            for variant in VARIANTS[:: 1 if number % 2 == 0 else -1]:
+            for variant in variants[:: 1 if number % 2 == 0 else -1]:
                 seconds[variant].append(work(loaded[variant]))
         for variant, model in loaded.items():
             median = statistics.median(seconds[variant])
             ratio = statistics.median(a / b for a, b in zip(seconds["bfloat16"], seconds[variant]))
             share = bytes_per_token(model) / bandwidth / median
             note = f"{share:.2f} of the bandwidth limit, {1 / median:.1f} tokens/s" if row == "decode" else ""
-            sys.stdout.write(f"{row:8s} {variant:16s} {median * 1e3:9.1f} ms  {ratio:5.2f} x bfloat16  {note}\n")
+            sys.stdout.write(f"{row:8s} {variant:18s} {median * 1e3:9.1f} ms  {ratio:5.2f} x bfloat16  {note}\n")
             sys.stdout.flush()
 
 
@@ -173,7 +179,7 @@ def measure_tower(repeats: int) -> None:
         "int8": partial(torch.ops.aten._weight_int8pack_mm, hidden, values, scales),
     }
     ratios = [seconds_of(works["bfloat16"]) / seconds_of(works["int8"]) for _ in range(repeats + 1)][1:]
-    sys.stdout.write(f"tower    int8 weights   {statistics.median(ratios):5.2f} x as fast as bfloat16\n")
+    sys.stdout.write(f"tower    int8 weights    {statistics.median(ratios):5.2f} x as fast as bfloat16\n")
 
 
 @torch.inference_mode()
@@ -211,7 +217,7 @@ def main() -> None:
                 peaks[variant] = json.loads(output.splitlines()[-1])
             for variant, peak in peaks.items():
                 ratio = peak / peaks["bfloat16"]
-                sys.stdout.write(f"memory   {variant:16s} {peak / 1024:9.2f} GiB {ratio:5.2f} x bfloat16\n")
+                sys.stdout.write(f"memory   {variant:18s} {peak / 1024:9.2f} GiB {ratio:5.2f} x bfloat16\n")
         if options.search:
             cost = quantize(folder / "source", folder / "awq", "--samples", str(options.search))
             sys.stdout.write(f"search: {cost['seconds']:.0f} s, peak {cost['peak'] / 1024:.2f} GiB\n")
