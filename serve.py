@@ -23,7 +23,6 @@ from .media_policy_vila import MediaPolicy
 
 logger = logging.get_logger(__name__)
 
-
 # what is served; the others take sound, load other models or unload this one
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health", "/load_model")
 # what a request may set in `chat_template_kwargs`: how its media are shown, nothing of the policy or of the template

@@ -7,8 +7,8 @@ The original stores three folders and knows two spellings of a weight:
     vision_tower/   vision_model.encoder...          vision_tower.vision_tower.vision_model.encoder...
     mm_projector/   layers.1...                      mm_projector.layers.1...
 
-Both load. `save_pretrained` writes whole-model names; with
-`save_original_format=False` it writes the module names of this package.
+Both load. `save_pretrained` writes whole-model names; with `save_original_format=False` it writes the module names of
+this package.
 """
 
 import re

@@ -22,9 +22,10 @@ from dataset import NanoDataset, size_of
 from monitoring import LOG, Monitor
 from optimizer import MuonAdamW
 from recipe import Stage
+from running import steps_done, training_arguments
 from torch.utils.data import default_collate
 from tower import LabelledPictures, TowerPretraining
-from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers import AutoModel, AutoProcessor, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from vila.training_vila import VilaDataCollator, train_only
 
@@ -32,7 +33,7 @@ logger = logging.getLogger("nano")
 OUTPUT = Path(__file__).resolve().parents[2] / "nano-run"
 FINAL, PLAN = "final", "plan.json"
 TIMED_BATCHES = 3
-SAVES, MEASUREMENTS = 20, 10  # per stage
+MEASUREMENTS = 10  # per stage
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -114,39 +115,9 @@ def plan_steps(folder: Path, options: argparse.Namespace, stage: Stage, model: A
     return steps
 
 
-def training_arguments(folder: Path, options: argparse.Namespace, stage: Stage, steps: int) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=recipe.ACCUMULATION,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.schedule,
-        warmup_steps=recipe.WARMUP_RATIO,  # below 1 it is a share of all steps
-        max_grad_norm=recipe.MAX_GRAD_NORM,
-        bf16=True,
-        use_cpu=not torch.accelerator.is_available(),
-        seed=options.seed,
-        logging_steps=max(1, min(20, steps // 50)),
-        save_steps=max(1, steps // SAVES),
-        save_total_limit=2,
-        dataloader_num_workers=options.workers,
-        dataloader_prefetch_factor=4 if options.workers else None,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        remove_unused_columns=False,
-        # batches of a stream would be cut to as many tiles as they have rows
-        accelerator_config={"dispatch_batches": False},
-        # the stream starts at the right batch by itself, without drawing all those before it
-        ignore_data_skip=True,
-        report_to="none",
-    )
-
-
 def batches_done(checkpoint: str | None) -> int:
     """Device batches that a checkpoint has seen."""
-    if checkpoint is None:
-        return 0
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] * recipe.ACCUMULATION
+    return steps_done(checkpoint) * recipe.ACCUMULATION
 
 
 def materials(stage: Stage, model: Any, processor: Any, seed: int, start: int) -> tuple[Any, Any, Any]:
@@ -169,7 +140,17 @@ def run_stage(stage: Stage, start: Path, folder: Path, options: argparse.Namespa
     rows_per_step, every = stage.batch_size * recipe.ACCUMULATION, max(1, steps // MEASUREMENTS)
     trainer = Trainer(
         trainee,
-        training_arguments(folder, options, stage, steps),
+        training_arguments(
+            folder,
+            steps,
+            per_device_train_batch_size=stage.batch_size,
+            gradient_accumulation_steps=recipe.ACCUMULATION,
+            learning_rate=stage.learning_rate,
+            lr_scheduler_type=stage.schedule,
+            seed=options.seed,
+            dataloader_num_workers=options.workers,
+            dataloader_prefetch_factor=4 if options.workers else None,
+        ),
         data_collator=collator,
         train_dataset=data,
         processing_class=processor,

@@ -10,17 +10,21 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 
+import recipe
 import torch
 from build_u import build, save
 from codes_training import CodesTraining, LabelledScenes, normalise, quality
 from drawn_scenes import DrawnScenes
 from optimizer import MuonAdamW
+from running import steps_done, training_arguments
 from torch.utils.data import default_collate
 from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -33,8 +37,6 @@ NORMALISED = 256  # pictures that the mean of features is taken from
 CODES_STEPS, CODES_BATCH, CODES_RATE = 3000, 16, 2e-3
 STEPS, BATCH, RATE = 3000, 32, 2e-3
 CAPTION_DROPOUT = 0.1
-WEIGHT_DECAY, BETA2, WARMUP_RATIO, MAX_GRAD_NORM = 0.02, 0.98, 0.03, 1.0
-SAVES = 20
 
 
 class Log(TrainerCallback):
@@ -51,46 +53,27 @@ class Log(TrainerCallback):
 
 
 def arguments_of(folder: Path, steps: int, batch: int, rate: float, seed: int) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP_RATIO,  # below 1 it is a share of all steps
-        max_grad_norm=MAX_GRAD_NORM,
-        bf16=True,
-        use_cpu=not torch.accelerator.is_available(),
-        seed=seed,
-        logging_steps=max(1, min(20, steps // 50)),
-        save_steps=max(1, steps // SAVES),
-        save_total_limit=2,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        remove_unused_columns=False,
-        accelerator_config={"dispatch_batches": False},
-        # the stream starts at the right row by itself, without drawing all those before it
-        ignore_data_skip=True,
-        report_to="none",
+    return training_arguments(
+        folder, steps, per_device_train_batch_size=batch, learning_rate=rate, lr_scheduler_type="cosine", seed=seed
     )
 
 
-def rows_done(checkpoint: str | None, batch: int) -> int:
-    if checkpoint is None:
-        return 0
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] * batch
-
-
 def run(
-    trainee: Any, folder: Path, options: argparse.Namespace, steps: int, batch: int, rate: float, **data: Any
+    trainee: Any,
+    folder: Path,
+    options: argparse.Namespace,
+    training: TrainingArguments,
+    rows: Callable[..., Any],
+    collator: Any,
 ) -> None:
-    """One stage; goes on from its last checkpoint. `data`: a dataset by its first row, and its collator."""
+    """One stage; goes on from its last checkpoint. `rows` makes the dataset that starts at the row `start`."""
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer = Trainer(
         trainee,
-        arguments_of(folder, steps, batch, rate, options.seed),
-        data_collator=data["collator"],
-        train_dataset=data["rows"](rows_done(last, batch)),
-        optimizers=(MuonAdamW(trainee, rate, WEIGHT_DECAY, BETA2), None),
+        training,
+        data_collator=collator,
+        train_dataset=rows(start=steps_done(last) * training.per_device_train_batch_size),
+        optimizers=(MuonAdamW(trainee, training.learning_rate, recipe.WEIGHT_DECAY, recipe.BETA2), None),
         callbacks=[Log(options.output / LOG, folder.name)],
     )
     trainer.train(resume_from_checkpoint=last)
@@ -100,9 +83,10 @@ def train_codes(start: Path, folder: Path, options: argparse.Namespace) -> None:
     model, processor = AutoModel.from_pretrained(start, dtype="float32"), AutoProcessor.from_pretrained(start)
     patch = model.config.vision_config.patch_size
     trainee, steps = CodesTraining(model.model), max(1, round(CODES_STEPS * options.steps))
-    rows = lambda first: LabelledScenes(patch, options.seed, first)  # noqa: E731
-    run(trainee, folder, options, steps, CODES_BATCH, CODES_RATE, rows=rows, collator=default_collate)
-    some = list(islice(rows(0), NORMALISED))
+    rows = partial(LabelledScenes, patch, options.seed)
+    training = arguments_of(folder, steps, CODES_BATCH, CODES_RATE, options.seed)
+    run(trainee, folder, options, training, rows, default_collate)
+    some = list(islice(rows(), NORMALISED))
     normalise(model.model.eval(), torch.stack([row["pixel_values"] for row in some]))
     logger.info("Reconstruction: %s", json.dumps(quality(model.model)))
     save(model, processor, folder / FINAL, torch.float32)
@@ -113,8 +97,8 @@ def train_language(start: Path, folder: Path, options: argparse.Namespace) -> No
     model.model.vision_tower.requires_grad_(False)  # the codes stay what they are
     collator = VilaUDataCollator(processor, caption_dropout=CAPTION_DROPOUT)
     steps = max(1, round(STEPS * options.steps))
-    rows = lambda first: DrawnScenes(seed=options.seed, start=first)  # noqa: E731
-    run(model, folder, options, steps, BATCH, RATE, rows=rows, collator=collator)
+    training = arguments_of(folder, steps, BATCH, RATE, options.seed)
+    run(model, folder, options, training, partial(DrawnScenes, seed=options.seed), collator)
     save(model, processor, folder / FINAL, torch.float32)
 
 
