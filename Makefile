@@ -7,7 +7,7 @@ PICTURE ?=
 NANO ?=
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow nano nano-u lint format docs clean
+.PHONY: demo test test-slow nano nano-u nano-hd lint format docs clean
 
 # torch first and under its exact version: resolving it as a dependency may choose another, larger build.
 # autoawq, the oracle of the int4 tests, for the same reason without what it asks for (its build wants torch, too).
@@ -43,6 +43,10 @@ nano: $(INSTALLED)
 # trains vila-u-nano from random weights into nano-u-run/; goes on where it was stopped. NANO='--steps 0.5' bounds the time
 nano-u: $(INSTALLED)
 	$(PYTHON) examples/nano_u/train_u.py $(NANO)
+
+# trains vila-hd-nano from vila-nano into nano-hd-run/; goes on where it was stopped. NANO='--steps 0.5' bounds the time
+nano-hd: $(INSTALLED)
+	$(PYTHON) examples/nano_hd/train_hd.py $(NANO)
 
 # mypy wants the package under its import name, whatever the clone's folder is called
 lint: $(INSTALLED)

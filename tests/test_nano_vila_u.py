@@ -206,13 +206,13 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     shrink(monkeypatch)
     for name, value in {"CODES_STEPS": 4, "STEPS": 4, "BATCH": 4, "CODES_BATCH": 2}.items():
         monkeypatch.setattr(train_u, name, value)
-    stop = train_u.train_language
+    language = train_u.STAGES["language"]
 
     def interrupted(*arguments):
-        monkeypatch.setattr(train_u, "train_language", stop)
+        monkeypatch.setitem(train_u.STAGES, "language", language)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_u, "train_language", interrupted)
+    monkeypatch.setitem(train_u.STAGES, "language", interrupted)
     options = ["--output", str(tmp_path), "--threads", "1"]
     with pytest.raises(KeyboardInterrupt):
         train_u.main(options)

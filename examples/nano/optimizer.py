@@ -18,12 +18,15 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         model: its parameters that need gradients are trained.
         lr: of both; Muon's updates are scaled to the size of AdamW's.
+        matrix_names: parts of the names of Muon's matrices.
     """
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, beta2: float):
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float, beta2: float, matrix_names: tuple[str, ...] = MATRICES
+    ):
         named = [(f".{name}", weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        matrices = [weight for name, weight in named if is_matrix_of_layer(name, weight)]
-        others = [weight for name, weight in named if not is_matrix_of_layer(name, weight)]
+        matrices = [weight for name, weight in named if is_matrix_of_layer(name, weight, matrix_names)]
+        others = [weight for name, weight in named if not is_matrix_of_layer(name, weight, matrix_names)]
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -57,5 +60,5 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
-def is_matrix_of_layer(name: str, weight: torch.Tensor) -> bool:
-    return weight.ndim == 2 and any(part in name for part in MATRICES)
+def is_matrix_of_layer(name: str, weight: torch.Tensor, matrix_names: tuple[str, ...] = MATRICES) -> bool:
+    return weight.ndim == 2 and any(part in name for part in matrix_names)
