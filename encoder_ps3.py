@@ -127,8 +127,13 @@ class Ps3VisionModel(Ps3PreTrainedModel):
 
         Args:
             pixel_values: `(B, 3, height, width)` at the largest scale; no square is needed.
+
+        Raises:
+            ValueError: for another shape.
         """
         config = self.config
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.numel():
+            raise ValueError(f"pixel_values must be (pictures, 3, height, width), got {tuple(pixel_values.shape)}")
         pixel_values = pixel_values.to(self.trunk.pos_embed.dtype)
         pyramid = Ps3Pyramid(pixel_values, config.ps3_scales, config.patch_size)
         side = config.ps3_scales[0] // config.patch_size
@@ -157,6 +162,9 @@ class Ps3VisionModel(Ps3PreTrainedModel):
         places: Any = view.place_features
         if prompt is None:
             prompt = self.prior_prompt.expand(len(places), -1)
+        if prompt.shape != places.shape[:2]:
+            size = tuple(places.shape[:2])
+            raise ValueError(f"prompt must be {size}, a row for every picture, got {tuple(prompt.shape)}")
         prompt = prompt.to(places.dtype)
         logits = place_logits(places, prompt)
         if self.config.highres_selection_feature:
@@ -206,7 +214,6 @@ class Ps3VisionModel(Ps3PreTrainedModel):
         only_select_first_n_scale: int | None = None,
         smooth_selection_prob: bool = False,
         gt_selection_maps: torch.Tensor | None = None,
-        **kwargs: Any,
     ) -> Ps3Output:
         """See `Ps3Model.forward`."""
         if num_look_close is None and num_token_look_close is None:

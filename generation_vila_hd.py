@@ -9,6 +9,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from .generation_vila import VilaGenerationMixin
 from .looking_vila_hd import Looked, LookOptions, reusable_cache
 
+# attribute of a cache: the options of what it holds
+LOOKED_WITH = "vila_look_options"
+
 
 class VilaHDGenerationMixin(VilaGenerationMixin):
     """For a model whose base model is a `VilaHDModel`."""
@@ -16,17 +19,19 @@ class VilaHDGenerationMixin(VilaGenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """`VilaForConditionalGeneration.generate` with the arguments of `LookOptions`.
 
-        A chat is continued with the same look options that it was begun with: the cache holds what they showed.
+        What they leave open is the choice of the `generation_config` that is given, then of the model's, then of the
+        checkpoint. A chat is continued with the look options that it was begun with: its cache holds what they showed.
 
         Args:
             output_selection_maps: return an output that holds, besides `sequences`, the lists `selection_maps` and
                 `selection_probs`, for each high-resolution scale `(pictures, h, w)`; None where nothing was looked at.
 
         Raises:
-            ValueError: as `forward`, or if the prompt with what was looked at is longer than the model's context.
+            ValueError: as `forward`, if the prompt with what was looked at is longer than the model's context, or if a
+                chat is continued with other look options.
         """
-        given = {own.name: kwargs.pop(own.name, None) for own in fields(LookOptions)}
-        options = LookOptions(**given).completed(self.config)
+        cache = kwargs.get("past_key_values")
+        options = self._look_options(args, kwargs, cache)
         with_maps = kwargs.pop("output_selection_maps", False)
         if with_maps:
             kwargs["return_dict_in_generate"] = True
@@ -37,6 +42,9 @@ class VilaHDGenerationMixin(VilaGenerationMixin):
         with torch.no_grad():
             looked = self._look_before_generating(input_ids, options, args, kwargs)
         output = super().generate(looked.batch.input_ids, *args, **kwargs)
+        for own in (cache, getattr(output, "past_key_values", None)):
+            if own is not None:
+                setattr(own, LOOKED_WITH, options)
         # callers cut their own prompt off: what was inserted is not theirs
         is_output = isinstance(output, ModelOutput)
         sequences = output.sequences if is_output else output
@@ -47,6 +55,19 @@ class VilaHDGenerationMixin(VilaGenerationMixin):
             return sequences
         output["sequences"] = sequences
         return with_selection_maps(output, looked) if with_maps else output
+
+    def _look_options(self, args: tuple, kwargs: dict[str, Any], cache: Any) -> LookOptions:
+        """Completed; they are taken out of the arguments."""
+        given = LookOptions(**{own.name: kwargs.pop(own.name, None) for own in fields(LookOptions)})
+        begun = getattr(cache, LOOKED_WITH, None) if cache is not None and cache.get_seq_length() else None
+        if begun is not None and given == LookOptions():
+            return begun
+        for source in (args[0] if args else kwargs.get("generation_config"), self.generation_config):
+            given = given.or_else(LookOptions.of(source))
+        options = given.completed(self.config)
+        if begun is not None and begun != options:
+            raise ValueError(f"the chat in past_key_values was begun with {begun}: it cannot go on with {options}")
+        return options
 
     def _look_before_generating(
         self, input_ids: torch.Tensor, options: LookOptions, args: tuple, kwargs: dict[str, Any]

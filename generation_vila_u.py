@@ -66,7 +66,7 @@ class VilaUGenerationMixin(VilaGenerationMixin):
             generation_mode: `"text"` is `VilaGenerationMixin.generate`.
             guidance_scale: how far samples are moved from the negative prompt, in logits (classifier-free guidance); 1
                 does not run it at all.
-            num_return_sequences: pictures per prompt.
+            num_return_sequences: pictures per prompt, 1 unless a given `generation_config` says otherwise.
             num_frames: frames of a video, 8 by default.
             negative_prompt_ids, negative_prompt_attention_mask: `(1 or prompts, length)`; from the processor.
             do_sample, temperature, top_k, top_p: how codes are drawn; by default as the checkpoint's
@@ -113,7 +113,7 @@ class VilaUGenerationMixin(VilaGenerationMixin):
         negative_prompt_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
-        num_return_sequences: int = 1,
+        num_return_sequences: int | None = None,
         guidance_scale: float | None = None,
         streamer: Any = None,
         output_logits: bool = False,
@@ -123,6 +123,8 @@ class VilaUGenerationMixin(VilaGenerationMixin):
         sampling, default_scale = self._sampling(**options)
         scale = default_scale if guidance_scale is None else guidance_scale
         check_number("guidance_scale", scale, lambda value: value > 0, "a positive number")
+        if num_return_sequences is None:
+            num_return_sequences = getattr(options.get("generation_config"), "num_return_sequences", None) or 1
         samples = check_count("num_return_sequences", num_return_sequences, MAX_SAMPLES)
         tokens = self.config.num_tile_tokens * (num_frames or 1)
         prompts = [self._check_prompt(input_ids, attention_mask, mode, tokens, "input_ids")]

@@ -37,6 +37,13 @@ from .video_processing_vila import video_duration
 
 logger = logging.get_logger(__name__)
 
+# options that do nothing in the other use of the command
+OF_DRAWING = ("video_generation", "save_path", "generation_nums", "cfg")
+OF_ANSWERS = (
+    *(own.name for own in fields(LookOptions)),
+    *("video_max_tiles", "media_policy", "json_mode", "json_schema", "max_new_tokens"),
+)
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
 
@@ -319,6 +326,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error("--prompt draws, --text and --media ask: give either")
     if options.prompt is None and options.text is None and not options.media:
         parser.error("give --text, --media or both, or --prompt")
+    use, others = ("--prompt draws", OF_ANSWERS) if options.prompt is not None else ("--text asks", OF_DRAWING)
+    if useless := [name for name in others if getattr(options, name) != parser.get_default(name)]:
+        parser.error(f"{use}, without --{', --'.join(useless).replace('_', '-')}")
     if options.temperature == 0 and options.top_p is not None:
         parser.error("--top-p needs a --temperature above 0")
     return options

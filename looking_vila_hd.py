@@ -4,7 +4,7 @@ The language model reads the prompt once up to the question, pictures at low res
 encoder's prompt, and what it computed up to the first picture stays in the cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -38,6 +38,21 @@ class LookOptions:
     select_num_each_scale: list[int] | None = None
     look_close_mode: str | None = None
     smooth_selection_prob: bool | None = None
+
+    @classmethod
+    def of(cls, source: Any) -> "LookOptions":
+        """Those that an object has as attributes, as a `GenerationConfig` may."""
+        return cls(**{own.name: getattr(source, own.name, None) for own in fields(cls)})
+
+    def or_else(self, other: "LookOptions") -> "LookOptions":
+        """With the other's choices where this has none; how much is looked at is one choice."""
+        values = {own.name: getattr(self, own.name) for own in fields(self)}
+        has_number = self.num_look_close is not None or self.num_token_look_close is not None
+        for own in fields(self):
+            is_number = own.name in ("num_look_close", "num_token_look_close")
+            if values[own.name] is None and not (is_number and has_number):
+                values[own.name] = getattr(other, own.name)
+        return LookOptions(**values)
 
     def completed(self, config: VilaHDConfig) -> "LookOptions":
         """With the checkpoint's choices.

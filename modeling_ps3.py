@@ -1,12 +1,12 @@
 """PS3 as its checkpoints hold it: the encoder and, in most, a text tower that tells it what to look for."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple
 
 from .attention_vila import set_default_attention
 from .configuration_ps3 import Ps3Config
@@ -55,6 +55,7 @@ class Ps3Model(Ps3PreTrainedModel):
             init.zeros_(self.logit_scale)
             init.zeros_(self.logit_bias)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -65,7 +66,6 @@ class Ps3Model(Ps3PreTrainedModel):
         only_select_first_n_scale: int | None = None,
         smooth_selection_prob: bool = False,
         gt_selection_maps: torch.Tensor | None = None,
-        **kwargs: Any,
     ) -> Ps3Output:
         """Token features of pictures.
 
@@ -81,7 +81,7 @@ class Ps3Model(Ps3PreTrainedModel):
             gt_selection_maps: `(B, height, width)`, above 0 where to look first.
 
         Raises:
-            ValueError: for an option that makes no sense.
+            ValueError: for an option that makes no sense, or a tensor of another shape.
         """
         return self.vision_model(
             pixel_values,

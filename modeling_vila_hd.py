@@ -27,7 +27,7 @@ from .modeling_vila import (
     VilaModel,
     VilaPreTrainedModel,
 )
-from .vision_vila_hd import VilaHDProjector, selection_loss
+from .vision_vila_hd import VilaHDProjector, check_selection_maps, selection_loss
 from .weight_names_vila import register_weight_names
 
 register_weight_names("vila_hd")
@@ -103,6 +103,8 @@ class VilaHDForConditionalGeneration(VilaHDGenerationMixin, VilaForConditionalGe
     config: VilaHDConfig
     config_class = VilaHDConfig
     model_class = VilaHDModel
+    # the selection loss is a mean over the pictures of a batch: Trainer averages, it does not divide by tokens
+    accepts_loss_kwargs = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -140,7 +142,8 @@ class VilaHDForConditionalGeneration(VilaHDGenerationMixin, VilaForConditionalGe
                 is no target.
 
         Raises:
-            ValueError: for packed rows, an option that makes no sense, or placeholders that do not fit the pictures.
+            ValueError: for packed rows, an option that makes no sense, or placeholders or maps that do not fit the
+                pictures.
         """
         ordinary = {
             "past_key_values": past_key_values,
@@ -163,6 +166,8 @@ class VilaHDForConditionalGeneration(VilaHDGenerationMixin, VilaForConditionalGe
             return VilaHDCausalLMOutputWithPast(**output)
         if position_ids is not None:
             raise ValueError("packed rows and position_ids do not go with looking closely, which moves positions")
+        if gt_selection_maps is not None:
+            check_selection_maps(gt_selection_maps, len(pixel_values))
         options = LookOptions(
             num_look_close, num_token_look_close, select_num_each_scale, look_close_mode, smooth_selection_prob
         ).completed(self.config)

@@ -1,11 +1,13 @@
 """`VilaProcessor`, and pictures of where VILA-HD looked."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from .looking_vila_hd import LookOptions
 from .processing_vila import VilaProcessor
 
 # colours of the high-resolution scales, from the second on the last one: what was seen finest is brightest
@@ -18,6 +20,13 @@ class VilaHDProcessor(VilaProcessor):
     """`VilaProcessor` for VILA-HD: a picture is resized to the encoder's largest scale, as a square."""
 
     can_stream = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`VilaProcessor.__call__`; arguments of `LookOptions` come back with the rest, for `generate(**inputs)`."""
+        looks = {own.name: kwargs.pop(own.name) for own in fields(LookOptions) if own.name in kwargs}
+        inputs = super().__call__(*args, **kwargs)
+        inputs.update({name: value for name, value in looks.items() if value is not None})
+        return inputs
 
     def continue_chat(self, *args: Any, **kwargs: Any) -> Any:
         """Refused with a `ValueError`: what is looked at depends on the question, and on the whole chat."""

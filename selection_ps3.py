@@ -111,12 +111,20 @@ def plan_looks(
         num_look_close: looks; `"all"` stands for as many as the budget needs for all patches. Where it does not have
             the proportions of the scales, a few patches of the smaller ones are left out, as in the original.
         num_token_look_close: patches of all looks together, instead; `"all"` leaves none out.
-        num_scales: look at that many of the scales; the rounding remainder alone falls to the last scale.
+        num_scales: look at that many of the scales; with `num_look_close` also at the rounding remainder and at one
+            patch of each other scale, as in the original.
 
     Raises:
-        ValueError: if a number makes no sense, or both or neither are given.
+        ValueError: if a number makes no sense, both or neither are given, or the budget has nothing for those scales.
     """
     check_looks(num_look_close, num_token_look_close, len(patches), num_scales)
+    if num_scales is not None and not sum(budget[:num_scales]):
+        raise ValueError(f"select_num_each_scale has no patches for the first {num_scales} scales, got {budget}")
+    if num_scales is not None and num_token_look_close is not None:
+        # a number of patches is kept exactly: none of it is for the other scales
+        for counts in plan_looks(patches[:num_scales], budget[:num_scales], None, num_token_look_close):
+            yield counts + [0] * (len(patches) - num_scales)
+        return
     total, capacity = sum(patches[:num_scales]), sum(budget)
     most = -(-total // capacity)
     if num_look_close is not None:
@@ -158,6 +166,8 @@ def split_budget(budget: list[int], size: int, num_scales: int | None) -> list[i
             int(count / max(used, 1) * given) if number < num_scales else 1 for number, count in enumerate(counts)
         ]
         counts[-1] += capacity - sum(counts)
+        counts[0] += min(counts[-1], 0)  # one patch of every other scale may be more than rounding left over
+        counts[-1] = max(counts[-1], 0)
     return counts
 
 

@@ -84,6 +84,14 @@ class VilaHDProjector(VilaMultiModalProjector):
         return resized.flatten(2).transpose(1, 2) + self.high_res_scale_embed[scale]
 
 
+def check_selection_maps(maps: torch.Tensor, pictures: int) -> None:
+    """Raises: ValueError: if there is not one map for every picture."""
+    if maps.ndim != 3 or len(maps) != pictures or not maps.numel():
+        raise ValueError(
+            f"gt_selection_maps must be ({pictures}, height, width), a map for every picture, got {tuple(maps.shape)}"
+        )
+
+
 def selection_loss(probs: list[torch.Tensor], gt_selection_maps: torch.Tensor) -> torch.Tensor:
     """Binary cross entropy and dice loss of where the model would look, the mean over scales (VILA-HD training).
 

@@ -263,10 +263,16 @@ def test_model_equals_the_original(case, name, load):
     model, folder = load(case)
     call, tensors = case.golden["calls"][name], case.tensors
     inputs, options = prepare(case, call, folder)
+    sequences = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sequences.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
     with torch.no_grad():
         output = model(**inputs, **options)
+    hook.remove()
 
     assert output.logits.shape[1] == call["sequence_length"]
+    close(sequences[-1], tensors[f"{name}.inputs_embeds"])  # text and pictures in their places
     check_selection(output, case, name, tensors)
     for number, counts in enumerate(call["patches_selected_per_scale"]):
         assert output.selection_maps[number].sum((1, 2)).tolist() == counts

@@ -199,6 +199,26 @@ def test_options_without_sense_are_refused_by_name(options, message, model):
         model(pictures(), **{"num_look_close": 1, **options} if "num_token_look_close" not in options else options)
 
 
+def test_a_number_of_patches_is_kept_to_on_the_first_scales():
+    assert list(plan_looks([100, 400], [12, 48], None, 30, 1)) == [[12, 0], [12, 0], [6, 0]]
+    assert sum(map(sum, plan_looks([100, 400, 900], [12, 48, 60], None, "all", 2))) == 500
+    # one patch of each other scale is more than there is left
+    assert list(plan_looks([9000, 9000, 9000], [85, 341, 2134], 1, None, 1)) == [[2559, 1, 0]]
+    with pytest.raises(ValueError, match="first 1 scales"):
+        list(plan_looks([100, 400], [0, 48], 1, None, 1))
+
+
+def test_unknown_options_and_wrong_shapes_are_refused(model):
+    with pytest.raises(TypeError, match="num_look_closs"):
+        model(pictures(), num_look_closs=4)
+    assert isinstance(model(pictures(), return_dict=False), tuple)
+    for shape in ((3, 280, 280), (1, 1, 280, 280), (1, 3, 0, 280)):
+        with pytest.raises(ValueError, match="pixel_values"):
+            model(torch.zeros(shape))
+    with pytest.raises(ValueError, match="prompt must be"):
+        model(pictures(), prompt=torch.zeros(1, 3))
+
+
 def test_both_kinds_of_scores_come_of_one_net(model, monkeypatch):
     calls, net = [], model.vision_model.highres_selection_feature_module
     monkeypatch.setattr(net, "forward", lambda pixels, own=net.forward: calls.append(pixels.shape) or own(pixels))

@@ -35,9 +35,8 @@ BOX_ROW = {"messages": ONE, "boxes": [[(0.2, 0.3, 0.6, 0.9)]]}
 def gradients(model, batch):
     model.zero_grad(set_to_none=True)
     model(**batch).loss.backward()
-    return {
-        name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0
-    }
+    grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {name: grad for name, grad in grads.items() if grad.abs().sum() > 0}
 
 
 def test_selection_loss_reaches_what_chooses_and_nothing_behind(trainable, processor):
@@ -152,6 +151,33 @@ def test_command_refuses_boxes_that_teach_nothing(train, vila_hd_folder, tmp_pat
 def test_command_refuses_boxes_of_models_that_do_not_choose(train, converted, tmp_path):
     with pytest.raises(ValueError, match="VILA-HD"):
         train_on(train, converted("nvila_lite_image"), tmp_path, [BOX_ROW])
+
+
+def test_accumulated_rows_are_averaged(vila_hd_folder, processor, tmp_path):
+    """A step of plain SGD moves every weight by the mean of the gradients of the rows."""
+    trained = AutoModel.from_pretrained(vila_hd_folder, dtype="float32").train()
+    trained.config.token_selection_loss_weight = 1.0
+    before = {name: weight.detach().clone() for name, weight in trained.named_parameters()}
+    rows, collator = [BOX_ROW, row()], VilaHDDataCollator(processor)
+    apart = [gradients(trained, collator([own])) for own in rows]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        remove_unused_columns=False,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=len(rows),
+        max_steps=1,
+        max_grad_norm=0,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+    )
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
+    Trainer(trained, arguments, collator, rows, optimizers=(optimizer, None)).train()
+    moved = {name: before[name] - weight.detach() for name, weight in trained.named_parameters()}
+    for number, part in enumerate(("selection_feature_proj", "language_model")):
+        name = next(name for name in apart[number] if part in name)
+        mean = sum(own.get(name, torch.zeros(())) for own in apart) / len(rows)
+        assert torch.allclose(moved[name], mean, atol=1e-6), name
 
 
 def test_trainer_lowers_both_losses(trainable, processor, tmp_path):

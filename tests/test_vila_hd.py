@@ -9,7 +9,7 @@ import pytest
 import torch
 from chat_requests import encode
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, DynamicCache, pipeline
+from transformers import AutoModel, AutoProcessor, DynamicCache, GenerationConfig, pipeline
 from vila.conversion_vila import convert
 from vila.loading_vila import Checkpoint
 from vila_hd_requests import CASE, NONE, ONE, TWO, picture, text, user
@@ -112,6 +112,16 @@ def test_continued_chat_equals_the_whole_chat(model, processor):
         model.generate(**inputs, past_key_values=fresh, max_new_tokens=1)
         continued = answer(model, whole, past_key_values=fresh)
         assert continued.tolist() == answer(model, whole).tolist(), reply
+
+
+def test_a_chat_is_continued_with_the_looks_that_it_was_begun_with(model, processor):
+    inputs, cache = encode(processor, ONE), DynamicCache()
+    first = model.generate(**inputs, past_key_values=cache, num_look_close=1, max_new_tokens=1)
+    assert first.shape[1] == inputs["input_ids"].shape[1] + 1
+    whole = encode(processor, [*ONE, {"role": "assistant", "content": [text("red")]}, user(text("and now?"))])
+    with pytest.raises(ValueError, match="num_look_close=1"):
+        model.generate(**whole, past_key_values=cache, num_look_close=4, max_new_tokens=1)
+    assert answer(model, whole, past_key_values=cache).tolist() == answer(model, whole, num_look_close=1).tolist()
 
 
 def test_batch_of_chats_with_pictures_is_not_continued(model, processor):
@@ -219,6 +229,7 @@ def test_looking_at_nothing_asks_nothing(model, processor, monkeypatch):
         {"num_token_look_close": "all"},
         {"num_look_close": "all"},
         {"num_look_close": 10**6},
+        {"num_look_close": 1, "select_num_each_scale": [10**6, 10**6]},
     ],
     ids=str,
 )
@@ -237,6 +248,44 @@ def test_budgets_of_each_scale(model, processor):
     )
     assert [int(scale.sum()) for scale in output.selection_maps] == [40, 4]
     assert model.config.vision_config.look_budget == [12, 48]
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"num_look_close": 1, "select_num_each_scale": [48, 0]}, [48, 0]),
+        ({"num_look_close": 1, "select_num_each_scale": [0, 48]}, [0, 48]),
+        ({"num_token_look_close": 0}, None),
+    ],
+    ids=str,
+)
+def test_budgets_may_be_empty(options, seen, model, processor):
+    output = model.generate(**encode(processor, ONE), **options, max_new_tokens=1, output_selection_maps=True)
+    maps = output.selection_maps
+    assert (seen is None and maps is None) or [int(scale.sum()) for scale in maps] == seen
+
+
+def test_looks_are_those_of_the_call_then_of_the_generation_config(vila_hd_folder, processor):
+    model, inputs = AutoModel.from_pretrained(vila_hd_folder, dtype="float32").eval(), encode(processor, ONE)
+
+    def seen(**options):
+        output = model.generate(**inputs, **options, max_new_tokens=1, output_selection_maps=True)
+        return sum(int(scale.sum()) for scale in output.selection_maps)
+
+    config = GenerationConfig(num_look_close=1)
+    assert seen() == 120
+    assert seen(generation_config=config) == 60
+    assert seen(generation_config=config, num_token_look_close=10) == 10
+    model.generation_config.num_look_close = 3
+    assert seen() == 180 and seen(generation_config=config) == 60
+
+
+def test_the_processor_hands_on_how_to_look(model, processor):
+    picture_of = Image.open(CASE / "input_0.png")
+    inputs = processor(images=picture_of, text=f"{processor.image_token}what?", return_tensors="pt", num_look_close=1)
+    assert inputs["num_look_close"] == 1 and "look_close_mode" not in inputs
+    output = model.generate(**inputs.to("cpu"), max_new_tokens=1, output_selection_maps=True)
+    assert [int(scale.sum()) for scale in output.selection_maps] == [12, 48]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +355,12 @@ def test_wrong_pixels_and_placeholders_are_refused(model, processor):
 
 
 # ----------------------------------------------------------------------------------------------------- saving, drawing
+
+
+@pytest.mark.parametrize("shape", [(3, 280, 280), (280, 280)])
+def test_wrong_maps_are_refused(shape, model, processor):
+    with pytest.raises(ValueError, match="a map for every picture"):
+        model(**encode(processor, ONE), gt_selection_maps=torch.ones(shape))
 
 
 def test_saved_model_loads_with_the_code_beside_it(model, processor, tmp_path):

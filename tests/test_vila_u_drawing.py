@@ -267,6 +267,25 @@ def test_picture_in_the_prompt_is_seen(model, processor):
     assert not torch.equal(codes(1), codes(2))
 
 
+def test_a_given_config_says_how_many_are_drawn(model, processor):
+    config = GenerationConfig(num_return_sequences=2, do_sample=True)
+    drawn = draw(model, processor, PROMPTS[:1], generation_config=config, guidance_scale=1)
+    assert len(drawn.sequences) == 2
+    alone = draw(model, processor, PROMPTS[:1], generation_config=config, num_return_sequences=1, guidance_scale=1)
+    assert len(alone.sequences) == 1
+
+
+def test_nothing_of_the_text_head_is_computed(model, processor):
+    def called(*arguments):
+        raise AssertionError("the text head was run")
+
+    hook = model.lm_head.register_forward_hook(called)
+    try:
+        draw(model, processor, PROMPTS[:1], guidance_scale=3.0)
+    finally:
+        hook.remove()
+
+
 def test_half_precision_draws(folder, processor):
     half = AutoModel.from_pretrained(folder, dtype="bfloat16").eval()
     output = draw(half, processor, PROMPTS[:1], num_return_sequences=2)
