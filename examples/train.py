@@ -48,6 +48,9 @@ class Options:
     token_selection_loss_weight: float | None = field(
         default=None, metadata={"help": "VILA-HD: weight of the loss of where to look (default: the checkpoint's)"}
     )
+    caption_dropout: float = field(
+        default=0.0, metadata={"help": "VILA-U: share of the rows that only draw whose request is left out"}
+    )
     lora: bool = field(default=False, metadata={"help": "train adapters of the language model instead of its weights"})
     lora_r: int = field(default=LORA["r"], metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=LORA["lora_alpha"], metadata={"help": "their scale, times the rank"})
@@ -174,6 +177,16 @@ def add_adapters(model: Any, options: Options) -> Any:
     )
 
 
+def collator_for(model_type: str, processor: Any, options: Options) -> VilaDataCollator:
+    """Raises: ValueError: for an option of another family's."""
+    own = {"packing": options.packing, "max_length": options.max_length}
+    if options.caption_dropout:
+        if model_type != "vila_u":
+            raise ValueError("--caption_dropout leaves out requests for pictures: it is for VILA-U only")
+        own["caption_dropout"] = options.caption_dropout
+    return COLLATORS.get(model_type, VilaDataCollator)(processor, **own)
+
+
 def main(arguments: list[str]) -> None:
     options, training = parse(arguments)
     set_seed(training.seed)
@@ -190,11 +203,10 @@ def main(arguments: list[str]) -> None:
         set_vision_resolution(model, processor, options.vision_resolution)
     model = add_adapters(model, options) if options.lora else train_only(model, options.tuned or parts_of(model))
 
-    collator = COLLATORS.get(config.model_type, VilaDataCollator)
     trainer = Trainer(
         model,
         training,
-        data_collator=collator(processor, packing=options.packing, max_length=options.max_length),
+        data_collator=collator_for(config.model_type, processor, options),
         train_dataset=rows,
         eval_dataset=eval_rows,
         processing_class=processor,

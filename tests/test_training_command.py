@@ -65,6 +65,14 @@ def test_command_trains_resumes_and_saves_what_loads(command, lite, data, tmp_pa
         assert resumed.eval()(**VilaDataCollator(AutoProcessor.from_pretrained(output))(ROWS)).loss < losses[0]
 
 
+def test_requests_are_left_out_of_a_vila_u_only(command, lite, vila_u_folder):
+    options = command.parse(["--model", "m", "--data", "d", "--output", "o", "--caption_dropout", "0.25"])[0]
+    collator = command.collator_for("vila_u", AutoProcessor.from_pretrained(vila_u_folder), options)
+    assert collator.caption_dropout == 0.25
+    with pytest.raises(ValueError, match="VILA-U only"):
+        command.collator_for("vila", AutoProcessor.from_pretrained(lite), options)
+
+
 def test_command_teaches_a_vila_u_to_draw(command, vila_u_folder, tmp_path):
     PICTURE["image"].save(tmp_path / "picture.png")
     drawn = chat([text("A snowy mountain.")], [{"type": "image", "path": str(tmp_path / "picture.png")}])
