@@ -35,6 +35,8 @@ class VilaGenerationMixin(GenerationMixin):
 
     config: Any
     model: Any
+    # whether processes divide the first prompt of a chat among them, as `SequenceParallel` does: it goes through whole
+    divides_prompt = False
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`; with `past_key_values` of earlier turns, their media may be passed again.
@@ -46,10 +48,11 @@ class VilaGenerationMixin(GenerationMixin):
 
         A prompt of more than 8,192 tokens is prefilled in chunks of 2,048, with `prefill_chunk_size` in others, or as
         a whole if that is None: the memory of a chunk takes the place of that of the prompt. Media of a single prompt
-        are encoded chunk by chunk, too.
+        are encoded chunk by chunk, too. Where processes share a prompt, each takes its part of it at once instead.
 
         Raises:
-            ValueError: if the prompt is longer than the language model's context, or placeholders and media differ.
+            ValueError: if the prompt is longer than the language model's context, or placeholders and media differ,
+                or `prefill_chunk_size` is given where processes share the prompt.
         """
         if (tokenizer := kwargs.get("tokenizer")) is not None:
             kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
@@ -76,7 +79,11 @@ class VilaGenerationMixin(GenerationMixin):
                 kwargs.pop(grid, None)
                 if input_ids is not None and not kwargs.get("mm_encoder_outputs"):
                     self.model.get_placeholder_mask(input_ids[:, cached:], torch.empty(0), modality)
-        if input_ids is not None and kwargs.get("inputs_embeds") is None:
+        if self.divides_prompt and not (isinstance(cache, Cache) and cache.get_seq_length()):
+            if kwargs.get("prefill_chunk_size") is not None:
+                raise ValueError("a prompt that is divided over the processes takes no prefill_chunk_size")
+            kwargs["prefill_chunk_size"] = None
+        elif input_ids is not None and kwargs.get("inputs_embeds") is None:
             self._prefill_in_chunks(input_ids[:, cached:], args, kwargs)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 

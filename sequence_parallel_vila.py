@@ -82,12 +82,12 @@ class SequenceParallel:
         attention = next(ATTENTIONS)
         AttentionInterface.register(attention, self.attend)
         self.language_model.set_attn_implementation(attention)
-        self._forward = model.forward
+        self._forward, model.divides_prompt = model.forward, True
         model.forward = functools.wraps(self._forward)(functools.partial(self.forward))
 
     def stop(self) -> None:
         """The model takes whole batches again."""
-        del self.model.forward
+        del self.model.forward, self.model.divides_prompt
         self.language_model.set_attn_implementation(self._attention_before)
 
     # ------------------------------------------------------------------------------------------------------ forward

@@ -12,6 +12,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer, TrainingArguments
+from vila import generation_vila
 from vila.sequence_parallel_vila import SequenceParallel
 from vila.sequence_training_vila import SequenceParallelTrainer, ShardingCollator
 from vila.training_vila import LORA_TARGETS, VilaDataCollator, train_only
@@ -265,6 +267,40 @@ def inference(rank, size, folder):
     }
 
 
+@patch.multiple(generation_vila, LONG_PROMPT=20, PREFILL_CHUNK=32)
+def long_inference(rank, size, folder):
+    """Prompts that one process takes in chunks, by one process and by all: logits, and the keys of every process."""
+    processor, model = AutoProcessor.from_pretrained(NANO), tiny().eval()
+    model.generation_config.eos_token_id = None
+    turn = [{"type": "video", "video": frames(24)}, {"type": "text", "text": "What is it?"}]
+    again = [{"type": "text", "text": "Are you sure? Tell me which colour the thing has, and how many there are."}]
+    first, second = question(processor, turn), question(processor, turn, "A cat.", again)
+    text = {"input_ids": torch.arange(5, 95).unsqueeze(0)}
+    _, logits, cache = answer(model, first)
+    expected = [logits, logits, logits, answer(model, text)[1], answer(model, second, past_key_values=cache)[1]]
+    parallel = SequenceParallel(model, timeout=TIMEOUT)
+    caches, found = [], []
+    for inputs in (first, parallel.prepare(**first), parallel.prepare(**first), text, second):
+        # the second question about the video goes on from the first
+        past = {"past_key_values": caches[1]} if inputs is second else {}
+        model.generation_config.prefill_chunk_size = 16 if len(found) == 2 else None
+        _, own, cache = answer(model, inputs, **past)
+        caches.append(cache)
+        found.append(own)
+    try:
+        model.generate(**text, prefill_chunk_size=16)
+    except ValueError as error:
+        refused = str(error)
+    keys = [torch.tensor(cache.layers[0].keys.shape[2]) for cache in (*caches[:1], *caches[2:4])]
+    return {
+        "logits": [float((own - one).abs().max()) for own, one in zip(found, expected, strict=True)],
+        "largest": float(logits.abs().max()),
+        "keys": [[int(n) for n in parallel.gather(count)] for count in keys],
+        "prompts": [first["input_ids"].shape[1]] * 2 + [90],
+        "refused": refused,
+    }
+
+
 def tensor_parallel(rank, size, folder):
     """Two groups of weights, each over two parts of the prompt, against one process."""
     processor, model = AutoProcessor.from_pretrained(NANO), tiny().eval()
@@ -317,6 +353,7 @@ def lost(rank, size, folder, sleep):
 SCENARIOS = {
     "training": training,
     "inference": inference,
+    "long_inference": long_inference,
     "tensor_parallel": tensor_parallel,
     "trainer": trainer,
     "wrapped": wrapped,

@@ -26,8 +26,8 @@ SIZES = [2, 4]
 # what is run in as many processes, in one go; the last takes a process away
 RUNS = {
     1: ("trainer",),
-    2: ("training", "inference", "wrapped", "different_batches", "dies"),
-    4: ("training", "inference", "tensor_parallel", "different_batches", "trainer", "hangs"),
+    2: ("training", "inference", "long_inference", "wrapped", "different_batches", "dies"),
+    4: ("training", "inference", "long_inference", "tensor_parallel", "different_batches", "trainer", "hangs"),
 }
 
 
@@ -100,6 +100,17 @@ def test_frames_and_cache_are_divided(size):
     assert result["encoded"] == [24 // size] * size
     per_process = -(-result["prompt"] // size)
     assert result["keys"][:-1] == [per_process] * (size - 1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_prompts_that_one_process_takes_in_chunks_are_divided(size):
+    result = found(size, "long_inference")
+    assert len(result["logits"]) == 5 and max(result["logits"]) < TOLERANCE < result["largest"] / 1000
+    for counts, prompt in zip(result["keys"], result["prompts"], strict=True):
+        share = -(-prompt // size)
+        # the last process keeps the new tokens, too
+        assert counts == [*[share] * (size - 1), prompt - share * (size - 1) + 5]
+    assert "divided over the processes" in result["refused"]
 
 
 def test_weights_and_prompt_are_divided_at_the_same_time():
