@@ -17,6 +17,7 @@ with it refuses pixels.
 import functools
 import itertools
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,6 +112,7 @@ class SequenceParallel:
                 "under sequence parallelism forward takes the part of a batch that SequenceParallel.sharder made, "
                 "or a cache"
             )
+        self.check_same_prompt(kwargs.get("input_ids"), cache.get_seq_length())
         return self.prefill(kwargs) if not cache.get_seq_length() else self._forward(**kwargs)
 
     def forward_part(self, shard: Shard, kwargs: dict[str, Any]) -> Any:
@@ -137,6 +139,17 @@ class SequenceParallel:
             )
         if [rank for _, _, rank in found] != list(range(self.size)):
             raise ValueError("these parts of a batch were made for other processes: use SequenceParallel.sharder")
+
+    def check_same_prompt(self, ids: torch.Tensor | None, cached: int) -> None:
+        """Raises in all processes alike if they do not go on with the same ids behind equally long caches."""
+        length, fingerprint = (0, 0) if ids is None else (ids.shape[1], zlib.crc32(ids.cpu().numpy().tobytes()))
+        # as many numbers as `check_same_batch` sends: one process may prepare media that another does not have
+        own = torch.tensor([fingerprint, length, cached], device=self.model.device)
+        if any(not found.equal(own) for found in self.gather(own)):
+            raise ValueError(
+                "the processes of a group were given different prompts, or drew different tokens: generate() takes the "
+                "same inputs in all of them, and sampling the same seed"
+            )
 
     def gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         gathered = [torch.empty_like(own) for _ in range(self.size)]

@@ -333,6 +333,31 @@ def different_batches(rank, size, folder):
         return {"error": str(error)}
 
 
+def different_prompts(rank, size, folder):
+    """One process asks something else: at first, with media that the others lack, or after the first answer."""
+    processor, model = AutoProcessor.from_pretrained(NANO), tiny().eval()
+    parallel, errors = SequenceParallel(model, timeout=TIMEOUT), []
+    ids, others = torch.arange(5, 25).unsqueeze(0), torch.arange(6, 26).unsqueeze(0)
+    clip = question(processor, [{"type": "video", "video": frames(4)}, {"type": "text", "text": "What is it?"}])
+    _, _, cache = answer(model, {"input_ids": ids})
+    again = torch.arange(30, 40 + rank).unsqueeze(0)
+    for inputs, past in (
+        ({"input_ids": others if rank else ids}, {}),
+        ({"input_ids": ids} if rank else clip, {}),
+        (
+            {"input_ids": again},
+            {"past_key_values": cache, "attention_mask": torch.ones(1, cache.get_seq_length() + again.shape[1])},
+        ),
+    ):
+        try:
+            answer(model, parallel.prepare(**inputs), **past)
+        except ValueError as error:
+            errors.append(str(error))
+    found = [None] * size
+    dist.all_gather_object(found, errors)
+    return found
+
+
 def lost(rank, size, folder, sleep):
     """The last process ends, or sleeps, after a step; what do the others say, and when?"""
     model = tiny().train()
@@ -358,6 +383,7 @@ SCENARIOS = {
     "trainer": trainer,
     "wrapped": wrapped,
     "different_batches": different_batches,
+    "different_prompts": different_prompts,
     "dies": lambda *args: lost(*args, sleep=0),
     "hangs": lambda *args: lost(*args, sleep=30),
 }

@@ -26,7 +26,7 @@ SIZES = [2, 4]
 # what is run in as many processes, in one go; the last takes a process away
 RUNS = {
     1: ("trainer",),
-    2: ("training", "inference", "long_inference", "wrapped", "different_batches", "dies"),
+    2: ("training", "inference", "long_inference", "wrapped", "different_batches", "different_prompts", "dies"),
     4: ("training", "inference", "long_inference", "tensor_parallel", "different_batches", "trainer", "hangs"),
 }
 
@@ -138,6 +138,13 @@ def test_trainer_in_groups_learns_what_it_learns_in_one_process():
 @pytest.mark.parametrize("size", SIZES)
 def test_processes_with_different_rows_all_end_with_an_error(size):
     assert "different batches" in found(size, "different_batches")["error"]
+
+
+def test_processes_that_ask_different_questions_all_end_with_an_error():
+    ours, theirs = found(2, "different_prompts")
+    assert len(ours) == len(theirs) == 3
+    assert "different batches" in ours.pop(1), "one that has media compares them, too"
+    assert all("different prompts" in error for error in (*ours, *theirs))
 
 
 def test_others_end_with_an_error_when_a_process_dies():
