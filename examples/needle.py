@@ -1,7 +1,7 @@
 """A needle in a video, frames by depth: `python examples/needle.py --model DIR --output OUT`.
 
-Every answer is written to `OUT/needle.jsonl` as it comes, and a run that was stopped goes on; the grid is drawn to
-`OUT/needle.png`. Several grids beside each other: `python examples/needle.py --draw OUT1 OUT2 --output both.png`.
+Every answer is written to `OUT/needle.jsonl` as it comes, with what the model's files are known by, and a run of the same
+model and seed that was stopped goes on; the grid is drawn to `OUT/needle.png`. Several grids beside each other: `python examples/needle.py --draw OUT1 OUT2 --output both.png`.
 
 A video that is longer than the model's context is asked all the same: the grid shows what becomes of it.
 Several processes share every video: `torchrun --nproc-per-node 2 examples/needle.py ...`, on CPUs over gloo.
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from haystack import needle
 from judge import check_words
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.utils import cached_file
 from vila.sequence_parallel_vila import SequenceParallel
 
 FRAMES = [16, 32, 64, 128, 256, 512, 1024, 2048]
@@ -40,9 +42,14 @@ class Asker:
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
         self.model, self.parallel, self.rank = model.eval(), None, 0
+        self.weights = fingerprint(folder)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group()
             self.parallel, self.rank = SequenceParallel(self.model), dist.get_rank()
+            # every machine has its own copy of the files
+            weights = [self.weights]
+            dist.broadcast_object_list(weights)
+            self.weights = weights[0]
 
     def ask(self, messages: list[dict[str, Any]], frames: int) -> tuple[str, int]:
         """The answer, and the tokens of the prompt."""
@@ -77,11 +84,37 @@ def read(path: Path) -> list[dict[str, Any]]:
     return answers
 
 
+def fingerprint(folder: str) -> str:
+    """Of the names, sizes and times of a checkpoint's config and weights: changed by other ones in the same folder."""
+    local = Path(cached_file(folder, "config.json")).parent
+    files = [local / "config.json", *sorted(local.glob("*.safetensors"))]
+    described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{zlib.crc32(repr(described).encode()):08x}"
+
+
+def asked_before(path: Path, asked: dict[str, Any]) -> set[tuple[int, float, int]]:
+    """Cells that have an answer: frames, depth and trial.
+
+    Raises:
+        ValueError: if the answers are those of another model or another seed than `asked`.
+    """
+    answers = read(path)
+    for answer in answers:
+        others = {name: answer.get(name) for name in asked if name != "model" and answer.get(name) != asked[name]}
+        if others:
+            raise ValueError(
+                f"{path} holds answers of {answer.get('model', 'an unknown model')} with other "
+                f"{' and '.join(others)} than asked for now: take another --output, or delete it"
+            )
+    return {(answer["frames"], answer["depth"], answer["trial"]) for answer in answers}
+
+
 def measure(asker: Asker, options: argparse.Namespace) -> None:
     """Asks what has not been asked yet."""
     path = options.output / ANSWERS
-    done = {(answer["frames"], answer["depth"], answer["trial"]) for answer in read(path)}
-    depths = [number / (options.depths - 1) for number in range(options.depths)]
+    asked = {"model": options.model, "weights": asker.weights, "dtype": options.dtype, "seed": options.seed}
+    done = asked_before(path, asked)
+    depths = [number / (options.depths - 1) for number in range(options.depths)] if options.depths > 1 else [0.5]
     cells = [(f, d, t) for t in range(options.trials) for f in options.frames for d in depths]
     with path.open("a", encoding="utf-8") as file, torch.inference_mode():
         if file.tell() and not path.read_text(encoding="utf-8").endswith("\n"):
@@ -90,7 +123,7 @@ def measure(asker: Asker, options: argparse.Namespace) -> None:
             messages, expected = needle(f"{options.seed}/{frames}/{depth}/{trial}", frames, depth)
             answer, tokens = asker.ask(messages, frames)
             row = {"frames": frames, "depth": depth, "trial": trial, "tokens": tokens, "context": asker.context}
-            row |= {"answer": answer, "expected": expected, "right": check_words(answer, expected)}
+            row |= {"answer": answer, "expected": expected, "right": check_words(answer, expected), **asked}
             if asker.rank == 0:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
@@ -136,7 +169,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or Hub id")
     parser.add_argument("--output", type=Path, required=True, help="folder of the answers; with --draw the picture")
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="default: %(default)s")
-    parser.add_argument("--depths", type=int, default=11, help="from 0 to 100 %% (default: %(default)s)")
+    parser.add_argument("--depths", type=int, default=11, help="from 0 to 100 %%, a single one at 50 %% (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=4, help="videos per cell (default: %(default)s)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -144,8 +177,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.draw and not options.model:
         parser.error("--model is needed")
-    if options.depths < 2 or options.trials < 1:
-        parser.error("at least two depths and one trial are needed")
+    if options.depths < 1 or options.trials < 1:
+        parser.error("at least one depth and one trial are needed")
     return options
 
 

@@ -4,10 +4,12 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import needle
 import pytest
 from conftest import REPOSITORY
 
@@ -163,6 +165,46 @@ def test_two_processes_share_long_videos_and_find_needles(extended, tmp_path):
     assert again.returncode == 0 and "/1 " in again.stderr
     both = run("needle.py", "--draw", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "both.png")
     assert both.returncode == 0 and (tmp_path / "both.png").stat().st_size > 5000
+
+
+# ---- the grid
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """`asked(*options)`: a grid of one cell in `tmp_path / "grid"`, and how many questions the model was asked for it."""
+    questions, ask = [], needle.Asker.ask
+    monkeypatch.setattr(needle.Asker, "ask", lambda self, *args: questions.append(args) or ask(self, *args))
+
+    def run(*options, model=NANO):
+        grid = ["--output", tmp_path / "grid", "--frames", 16, "--depths", 1, "--trials", 1]
+        questions.clear()
+        needle.main([str(option) for option in ("--model", model, *grid, *options)])
+        return len(questions)
+
+    return run
+
+
+def test_grid_of_the_same_model_and_seed_goes_on(asked, tmp_path, capsys):
+    assert asked() == 1 and asked() == 0 and asked("--frames", 16, 18) == 1
+    answers = needle.read(tmp_path / "grid" / "needle.jsonl")
+    assert [(answer["frames"], answer["depth"], answer["seed"]) for answer in answers] == [(16, 0.5, 0), (18, 0.5, 0)]
+    assert "of 2 right" in capsys.readouterr().out
+
+
+def test_answers_of_another_model_or_seed_are_not_taken_for_those_of_this_one(asked, tmp_path):
+    model = shutil.copytree(NANO, tmp_path / "model")
+    assert asked(model=model) == 1
+    written = (tmp_path / "grid" / "needle.jsonl").read_text()
+    for options, changed in ((["--seed", 1], "seed"), (["--dtype", "bfloat16"], "dtype")):
+        with pytest.raises(ValueError, match=f"answers of {model} with other {changed} .* another --output"):
+            asked(*options, model=model)
+    assert asked() == 0, "the model is another copy of the same files"
+    # trained on in the same folder
+    os.utime(model / "model.safetensors", (1, 1))
+    with pytest.raises(ValueError, match="other weights than asked"):
+        asked(model=model)
+    assert (tmp_path / "grid" / "needle.jsonl").read_text() == written
 
 
 @pytest.mark.parametrize(
