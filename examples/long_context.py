@@ -22,6 +22,7 @@ from haystack import LongTexts, Needles
 from train import read_rows
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from vila.context_vila import check_rope
 from vila.families_vila import VILA
 from vila.sequence_parallel_vila import SequenceParallel
 from vila.sequence_training_vila import SequenceParallelTrainer
@@ -123,7 +124,8 @@ def set_context(config: Any, stage: Stage) -> None:
     """The context and rope base of a stage.
 
     Raises:
-        ValueError: if the context would get shorter, longer with the old base, or the base smaller.
+        ValueError: if the context would get shorter, longer with the old base, or the base smaller; if a rotary
+            embedding is stretched otherwise already, or would contradict the context.
     """
     text, rope = config.text_config, dict(config.text_config.rope_parameters)
     before, base = text.max_position_embeddings, rope["rope_theta"]
@@ -137,8 +139,13 @@ def set_context(config: Any, stage: Stage) -> None:
     if stage.rope_theta is not None:
         if stage.rope_theta < base:
             raise ValueError(f"this stage has a rope base of {stage.rope_theta:g}, the model one of {base:g} already")
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"this stage raises the rope base, the model's rope_parameters stretch by {rope['rope_type']!r} already"
+            )
         rope["rope_theta"] = float(stage.rope_theta)
     text.rope_parameters, text.max_position_embeddings = rope, stage.max_length
+    check_rope(text)
 
 
 def rows_of(stage: Stage, options: Options, seed: int) -> Any:

@@ -98,6 +98,30 @@ def test_stage_that_contradicts_the_model_is_refused(recipe, context, base, stag
         recipe.set_context(config(context, base), recipe.STAGES[stage])
 
 
+@pytest.mark.parametrize(
+    ("context", "reached", "stage", "message"),
+    [
+        (131072, 131072, "longvila/extend-256k", "rope_parameters stretch by 'yarn' already"),
+        (131072, 262144, "longvila/extend-256k", "rope_parameters stretch by 'yarn' already"),
+        (262144, 131072, "longvila/sft-512", "262144 is more than the 131072 tokens that rope_parameters reach"),
+    ],
+)
+def test_stage_that_contradicts_a_stretched_rope_is_refused(recipe, context, reached, stage, message):
+    stretched = config(context, 1e6)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": reached // 4}
+    stretched.text_config.rope_parameters |= yarn
+    with pytest.raises(ValueError, match=message):
+        recipe.set_context(stretched, recipe.STAGES[stage])
+
+
+def test_long_videos_are_trained_with_a_stretched_rope_that_reaches_them(recipe):
+    stretched = config(262144, 1e6)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 65536}
+    stretched.text_config.rope_parameters |= yarn
+    recipe.set_context(stretched, recipe.STAGES["longvila/sft-512"])
+    assert stretched.text_config.rope_parameters["rope_type"] == "yarn"
+
+
 @pytest.mark.parametrize(("depth", "first"), [(0, 0), (0.5, 16), (1, 30)])
 def test_needle_appears_at_its_depth(recipe, depth, first):
     haystack = sys.modules["haystack"]
