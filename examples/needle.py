@@ -40,6 +40,8 @@ class Asker:
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         model = AutoModel.from_pretrained(folder, config=config, trust_remote_code=True, dtype=dtype)
         if torch.accelerator.is_available():
+            # torchrun: every process on a machine has a device of its own
+            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
             model.to(torch.accelerator.current_accelerator())
         self.model, self.parallel, self.rank = model.eval(), None, 0
         self.weights = fingerprint(folder)

@@ -216,6 +216,17 @@ def test_grid_of_the_same_model_and_seed_goes_on(asked, tmp_path, capsys):
     assert "of 2 right" in capsys.readouterr().out
 
 
+def test_every_process_takes_the_device_of_its_own(asked, monkeypatch):
+    chosen, placed = [None], []
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.set_device_index", chosen.append)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: placed.append(chosen[-1]) or "cpu")
+    assert asked() == 1
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    asked()
+    assert placed == [0, 3]
+
+
 def test_answers_of_another_model_or_seed_are_not_taken_for_those_of_this_one(asked, tmp_path):
     model = shutil.copytree(NANO, tmp_path / "model")
     assert asked(model=model) == 1
