@@ -76,7 +76,7 @@ class SequenceParallelTrainer(Trainer):
         data_collator: a `VilaDataCollator` that packs; the part of each process is cut from its batches.
 
     Raises:
-        ValueError: for another collator, or data without a length.
+        ValueError: for another collator, data without a length, or an order of rows by their lengths.
     """
 
     def __init__(
@@ -92,6 +92,11 @@ class SequenceParallelTrainer(Trainer):
         super().__init__(model, args, sharding, **kwargs)
         if not self.args.average_tokens_across_devices:
             raise ValueError("sequence parallelism needs average_tokens_across_devices: processes have unequal labels")
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"sequence parallelism takes rows in random or sequential order, not by "
+                f"train_sampling_strategy={self.args.train_sampling_strategy!r}: they are packed, not padded"
+            )
         # logits are those of a part of the tokens
         self.args.prediction_loss_only = True
 
@@ -99,6 +104,8 @@ class SequenceParallelTrainer(Trainer):
         from accelerate.data_loader import SeedableRandomSampler
 
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "sequential":
+            return self._repeat(SequentialSampler(check_length(dataset)), self._train_batch_size)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # the order must be the same in all processes, whatever else they have drawn
         sampler = SeedableRandomSampler(check_length(dataset), data_seed=seed)

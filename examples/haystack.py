@@ -77,10 +77,12 @@ class Needles:
 
     Args:
         rows: how many there are; each is drawn from its number, so that a run that goes on sees the same ones.
-        max_frames: the lengths are spread evenly on a logarithmic scale up to this.
+        max_frames: the lengths are spread evenly on a logarithmic scale up to this, at least `MIN_FRAMES`.
     """
 
     def __init__(self, rows: int, max_frames: int, seed: int = 0):
+        if max_frames < MIN_FRAMES:
+            raise ValueError(f"videos that are drawn have at least {MIN_FRAMES} frames, not {max_frames}")
         self.rows, self.max_frames, self.seed = rows, max_frames, seed
 
     def __len__(self) -> int:

@@ -120,6 +120,18 @@ def parse(arguments: list[str]) -> tuple[Options, TrainingArguments]:
     return options, training
 
 
+def check_options(stage: Stage, options: Options) -> None:
+    """Refuses numbers that are none, and options that this stage, or rows that are given, leave without effect."""
+    for name in ("rows", "num_frames", "sequence_parallel"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: at least 1 is needed")
+    if options.rows is not None and options.data is not None:
+        raise ValueError("--rows says how many rows are drawn, but --data gives them")
+    if options.num_frames is not None and stage.num_frames is None:
+        raise ValueError(f"--num_frames {options.num_frames}: {options.preset} has no videos")
+
+
 def set_context(config: Any, stage: Stage) -> None:
     """The context and rope base of a stage.
 
@@ -153,7 +165,7 @@ def rows_of(stage: Stage, options: Options, seed: int) -> Any:
         return read_rows(options.data)
     if not stage.drawn:
         raise ValueError(f"{options.preset} needs --data")
-    count = options.rows or stage.drawn
+    count = stage.drawn if options.rows is None else options.rows
     if stage.num_frames is None:
         # what the tokens are estimated from leaves some room
         return LongTexts(count, int(0.8 * stage.max_length), seed)
@@ -191,6 +203,7 @@ def main(arguments: list[str]) -> None:
     options, training = parse(arguments)
     set_seed(training.seed)
     stage, final = STAGES[options.preset], Path(options.output) / "final"
+    check_options(stage, options)
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=True)
     set_context(config, stage)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)

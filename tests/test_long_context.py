@@ -122,6 +122,22 @@ def test_long_videos_are_trained_with_a_stretched_rope_that_reaches_them(recipe)
     assert stretched.text_config.rope_parameters["rope_type"] == "yarn"
 
 
+@pytest.mark.parametrize(
+    ("stage", "option", "message"),
+    [
+        ("nano/long", ["--rows", 0], "--rows 0: at least 1"),
+        ("nano/long", ["--num_frames", 0], "--num_frames 0: at least 1"),
+        ("nano/long", ["--sequence_parallel", 0], "--sequence_parallel 0: at least 1"),
+        ("nano/long", ["--rows", 3, "--data", "rows.jsonl"], "--data gives them"),
+        ("nano/extend", ["--num_frames", 64], "nano/extend has no videos"),
+        ("nano/short", ["--num_frames", 8], "at least 16 frames, not 8"),
+    ],
+)
+def test_option_without_effect_is_refused(recipe, tmp_path, stage, option, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.main([str(o) for o in ("--preset", stage, "--model", NANO, "--output", tmp_path, *option)])
+
+
 @pytest.mark.parametrize(("depth", "first"), [(0, 0), (0.5, 16), (1, 30)])
 def test_needle_appears_at_its_depth(recipe, depth, first):
     haystack = sys.modules["haystack"]
@@ -151,7 +167,7 @@ def test_training_rows_ask_for_everything_that_appears(recipe):
 def extended(tmp_path_factory):
     """vila-nano after one step of the first stage, stopped and continued to a second."""
     folder = tmp_path_factory.mktemp("recipe") / "extended"
-    options = ["--preset", "nano/extend", "--model", NANO, "--output", folder, "--rows", 2]
+    options = ["--preset", "nano/extend", "--model", NANO, "--output", folder]
     options += ["--gradient_accumulation_steps", 1, "--save_steps", 1, "--data", folder.parent / "rows.jsonl"]
     row = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]}
     (folder.parent / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)

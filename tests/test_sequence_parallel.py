@@ -6,15 +6,16 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sequence_processes import BATCHES, NANO, row, tiny, video
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, TrainingArguments
 from vila.sequence_collectives_vila import check_heads, key_repeats
 from vila.sequence_parallel_vila import SequenceParallel, SharedLayer
 from vila.sequence_sharding_vila import BatchSharder, Shard, Unit, divide, pad_packed, row_lengths
-from vila.sequence_training_vila import RepeatingSampler, ShardingCollator
+from vila.sequence_training_vila import RepeatingSampler, SequenceParallelTrainer, ShardingCollator
 from vila.training_vila import VilaDataCollator
 
 SCRIPT = Path(__file__).with_name("sequence_processes.py")
@@ -243,6 +244,30 @@ def test_every_process_gets_key_heads_beside_their_query_heads(heads, key_heads,
 def test_sampler_repeats_whole_batches():
     sampler = RepeatingSampler(range(5), batch_size=2, times=2)
     assert list(sampler) == [0, 1, 0, 1, 2, 3, 2, 3] and len(sampler) == 8
+
+
+def divided_trainer(processor, folder, **arguments):
+    """The trainer of the first of two processes, without the other."""
+    arguments = TrainingArguments(folder, use_cpu=True, report_to="none", per_device_train_batch_size=1, **arguments)
+    model = tiny()
+    return SequenceParallelTrainer(
+        model,
+        arguments,
+        sequence_parallel=SimpleNamespace(size=2, sharder=BatchSharder(model.config, 2, 0)),
+        data_collator=VilaDataCollator(processor, packing=True),
+        train_dataset=BATCHES["everything"],
+    )
+
+
+def test_rows_come_in_the_order_that_is_asked_for(processor, tmp_path):
+    orders = {
+        strategy: list(divided_trainer(processor, tmp_path, train_sampling_strategy=strategy)._get_train_sampler())
+        for strategy in ("random", "sequential")
+    }
+    assert orders["sequential"] == [0, 0, 1, 1, 2, 2, 3, 3] != orders["random"]
+    assert sorted(orders["random"]) == orders["sequential"]
+    with pytest.raises(ValueError, match="train_sampling_strategy='group_by_length'"):
+        divided_trainer(processor, tmp_path, train_sampling_strategy="group_by_length")
 
 
 @pytest.mark.parametrize(("rank", "share"), [(0, 3), (2, 3), (3, 1)])
