@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import needle
 import pytest
 from conftest import REPOSITORY
+from safetensors.torch import load_file
 
 EXAMPLES = REPOSITORY / "examples"
 NANO = REPOSITORY / "checkpoints" / "vila-nano"
@@ -182,6 +183,22 @@ def test_extension_goes_on_where_it_was_stopped_and_saves_a_whole_model(extended
     text = json.loads((folder / "config.json").read_text())["text_config"]
     assert text["max_position_embeddings"] == 12288 and text["rope_parameters"]["rope_theta"] == 250_000
     assert not list(folder.glob("adapter*")) and (folder / "modeling_vila.py").is_file()
+
+
+@pytest.mark.slow
+def test_short_videos_are_trained_within_the_model_s_own_context(tmp_path):
+    options = ["--preset", "nano/short", "--model", NANO, "--output", tmp_path, "--rows", 4, "--num_frames", 16]
+    options += ["--gradient_accumulation_steps", 2, "--save_steps", 1]
+    stopped, done = (run("long_context.py", *options, "--max_steps", steps) for steps in (1, 2))
+    assert stopped.returncode == 0 == done.returncode, stopped.stderr[-2000:] + done.stderr[-2000:]
+    assert len(steps_of(stopped.stdout)) == 1 == len(steps_of(done.stdout))
+    text, before = (
+        json.loads((folder / "config.json").read_text())["text_config"] for folder in (NANO, tmp_path / "final")
+    )
+    assert text["max_position_embeddings"] == before["max_position_embeddings"] == 2048
+    weights = [load_file(folder / "model.safetensors") for folder in (NANO, tmp_path / "final")]
+    changed = {name.split(".")[0] for name, weight in weights[1].items() if not weight.equal(weights[0][name].float())}
+    assert changed == {"llm", "mm_projector"}, "the tower is left as it was"
 
 
 @pytest.mark.slow
