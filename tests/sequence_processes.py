@@ -267,6 +267,24 @@ def inference(rank, size, folder):
     }
 
 
+def readme(rank, size, folder):
+    """The README's lines about an answer, and another question behind them."""
+    processor, model = AutoProcessor.from_pretrained(NANO), tiny().eval()
+    model.generation_config.eos_token_id = list(range(model.config.text_config.vocab_size))
+    turn = [{"type": "video", "video": frames(6)}, {"type": "text", "text": "What is it?"}]
+    first = question(processor, turn)
+    second = question(processor, turn, "A cat.", [{"type": "text", "text": "Are you sure?"}])
+    expected = [answer(model, inputs)[0] for inputs in (first, second)]
+    blocks = (NANO.parents[1] / "README.md").read_text(encoding="utf-8").split("```python\n")
+    (code,) = (block.split("```")[0] for block in blocks if "parallel.prepare(" in block)
+    shown = {"model": model, "processor": processor, "inputs": first, "torch": torch, "os": os}
+    with patch.object(dist, "init_process_group"):  # there is a group already, with a file in place of a port
+        exec(code, shown | {"SequenceParallel": SequenceParallel}, shown)
+    output = shown["output"]
+    own = [output.sequences, answer(model, second, past_key_values=output.past_key_values)[0]]
+    return {"same": [torch.equal(*pair) for pair in zip(own, expected, strict=True)], "answer": shown["answer"]}
+
+
 @patch.multiple(generation_vila, LONG_PROMPT=20, PREFILL_CHUNK=32)
 def long_inference(rank, size, folder):
     """Prompts that one process takes in chunks, by one process and by all: logits, and the keys of every process."""
@@ -379,6 +397,7 @@ SCENARIOS = {
     "training": training,
     "inference": inference,
     "long_inference": long_inference,
+    "readme": readme,
     "tensor_parallel": tensor_parallel,
     "trainer": trainer,
     "wrapped": wrapped,

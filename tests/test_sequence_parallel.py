@@ -27,7 +27,7 @@ SIZES = [2, 4]
 # what is run in as many processes, in one go; the last takes a process away
 RUNS = {
     1: ("trainer",),
-    2: ("training", "inference", "long_inference", "wrapped", "different_batches", "different_prompts", "dies"),
+    2: ("training", "inference", "long_inference", "wrapped", "different_batches", "different_prompts", "readme", "dies"),
     4: ("training", "inference", "long_inference", "tensor_parallel", "different_batches", "trainer", "hangs"),
 }
 
@@ -93,6 +93,11 @@ def test_generation_over_several_processes_is_that_of_one(size):
     assert result["unprepared ids"] and result["unprepared"] < TOLERANCE
     assert result["short"] < TOLERANCE
     assert result["prompt"] % size, "the prompt should not divide by the group"
+
+
+def test_the_lines_of_the_readme_answer_and_go_on():
+    result = found(2, "readme")
+    assert result["same"] == [True, True] and isinstance(result["answer"], str)
 
 
 @pytest.mark.parametrize("size", SIZES)
