@@ -19,12 +19,10 @@ from transformers.utils import logging
 
 from .cache_vila import expect_tokens, grow_in_place
 from .context_vila import context_length
-from .memory_vila import PREFILL_CHUNK, MemoryPlan, loaded_bytes
+from .memory_vila import LONG_PROMPT, PREFILL_CHUNK, MemoryPlan, loaded_bytes
 
 # modality -> names of its tensors
 MEDIA_INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
-# prompts of more tokens go through the language model in chunks of `PREFILL_CHUNK` unless the caller says otherwise
-LONG_PROMPT = 8192
 # prefills of more chunks than this show a progress bar
 LONG_PREFILL_CHUNKS = 16
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")

@@ -15,7 +15,7 @@ import torch
 from .commands_vila import USER_ERRORS
 from .context_vila import context_length
 from .loading_vila import Checkpoint
-from .memory_vila import PREFILL_CHUNK, TEXT_TOKENS, MemoryPlan, in_gigabytes, weight_bytes
+from .memory_vila import TEXT_TOKENS, MemoryPlan, in_gigabytes, weight_bytes
 
 
 def plan_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[MemoryPlan, int]:
@@ -91,6 +91,14 @@ def count(least: int) -> Any:
     return parse
 
 
+def gigabytes(text: str) -> int:
+    """An argparse type: a positive number of GB -> bytes."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of GB")
+    return int(value * 1e9)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vila-memory", description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -99,15 +107,15 @@ def main(arguments: list[str] | None = None) -> None:
     add("--context", type=count(1), metavar="T", help="tokens of prompt and answer at most (default: the model's)")
     add("--bits", type=int, choices=(4, 8, 16), help="of a weight of the language model (default: the checkpoint's)")
     add("--cache-bits", type=int, choices=(2, 4, 8), help="of a value in a quantised cache (default: not quantised)")
-    add("--memory", type=float, metavar="GB", help="that may be taken (default: what this machine's GPU, or it, has)")
+    add("--memory", type=gigabytes, metavar="GB", help="that may be taken (default: what this machine's GPU, or it, has)")
     add("--attention", default="sdpa", choices=("sdpa", "sdpa_cpu", "flash_attention_2"), help="default: %(default)s")
-    add("--chunk", type=count(1), default=PREFILL_CHUNK, metavar="N", help="prefill_chunk_size (default: %(default)s)")
+    add("--chunk", type=count(1), metavar="N", help="prefill_chunk_size (default: that of generate())")
     add("--text-tokens", type=count(0), default=TEXT_TOKENS, metavar="N", help="beside frames (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         plan, default_frames = plan_of(Checkpoint(options.model), options)
         frames = default_frames if options.frames is None else options.frames
-        memory = device_memory() if options.memory is None else int(options.memory * 1e9)
+        memory = device_memory() if options.memory is None else options.memory
         sys.stdout.write(report(plan, frames, options.context or math.inf, memory) + "\n")
     except USER_ERRORS as error:
         sys.exit(f"vila-memory: {error}")

@@ -1,12 +1,13 @@
 """What a prompt needs, from a config alone: tokens of frames, bytes of weights, of the cache and of one chunk.
 
 - Nothing is loaded or measured; `benchmarks/long_video.py` compares with what a process takes.
-- A long prompt is prefilled in chunks, and with `stream_frames=True` its frames are encoded chunk by chunk: what grows
-  with it is the cache, and, on a GPU without flash attention, what the attention of a chunk needs.
+- A prompt of more than 8,192 tokens is prefilled in chunks, and with `stream_frames=True` its frames are encoded chunk
+  by chunk: what grows with it is the cache, and, on a GPU without flash attention, what the attention of a chunk needs.
+  Where frames cannot be streamed, the pixels of all of them are counted with the chunk.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -16,14 +17,16 @@ from .configuration_vila import first
 from .context_vila import context_length
 from .geometry_vila import patches_per_side, pooled_frames
 
-# tokens of a prompt that go through the language model at a time
-PREFILL_CHUNK = 2048
+# prompts of more tokens go through the language model in chunks of so many, unless the caller says otherwise
+LONG_PROMPT, PREFILL_CHUNK = 8192, 2048
 # for what is asked and answered beside the frames
 TEXT_TOKENS = 512
 # bits of a weight beside its own: AWQ's scale and zero for every 128
 GROUP_BITS = 32 / 128
 # the same of transformers' quantised caches, for every 64
 CACHE_GROUP_BITS = 32 / 64
+# the family whose frames can be decoded while they are encoded; those of others are all held
+STREAMED_FAMILY = "vila"
 # attention that repeats the keys that heads share, and holds a mask, while a chunk looks back
 MASKED_ATTENTION = "sdpa"
 SHOWN_FRAMES = (64, 256, 1024, 2048)
@@ -55,7 +58,7 @@ class MemoryPlan:
         cache_bits: of a value in a quantised cache of transformers; None where it is not quantised.
         attention: `"sdpa"`, transformers' on a GPU, which needs memory for what a chunk looks back on; any other
             (`"flash_attention_2"`, `"sdpa_cpu"`) does not.
-        chunk: tokens that are prefilled at a time.
+        chunk: `prefill_chunk_size`; by default what `generate()` takes.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class MemoryPlan:
         value_bytes: int = 2,
         cache_bits: int | None = None,
         attention: str = MASKED_ATTENTION,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
     ):
         self.config, self.text, self.weights = config, config.text_config, weights
         self.frame_wrapping, self.text_tokens, self.value_bytes = frame_wrapping, text_tokens, value_bytes
@@ -76,7 +79,8 @@ class MemoryPlan:
 
     def need(self, frames: int) -> Need:
         tokens = self.tokens(frames)
-        return Need(frames, tokens, self.weights, self.cache_bytes(tokens), self.chunk_bytes(tokens))
+        chunk = self.chunk_bytes(tokens) + frames * self.held_bytes()
+        return Need(frames, tokens, self.weights, self.cache_bytes(tokens), chunk)
 
     def tokens(self, frames: int) -> int:
         """Of the whole prompt and its answer."""
@@ -94,15 +98,24 @@ class MemoryPlan:
 
     def chunk_bytes(self, tokens: int) -> int:
         """The most that is held at a time while a chunk of the prompt, or of its frames, is computed."""
-        length, hidden = min(self.chunk, tokens), self.text.hidden_size
+        chunk = self.chunk or (tokens if tokens <= LONG_PROMPT else PREFILL_CHUNK)
+        length, hidden = min(chunk, tokens), self.text.hidden_size
         heads = self.text.num_attention_heads * self.head_size
         # embeddings, residual and normalised states; gate, up and their product, or query, keys, values and output
         widest = max(3 * self.text.intermediate_size, 2 * heads + 2 * self.key_heads * self.head_size)
         prefill = length * (3 * hidden + widest) * self.value_bytes + self.text.vocab_size * 4
-        if self.attention == MASKED_ATTENTION and tokens > self.chunk:
-            prefill += self.chunk * tokens * (1 + self.value_bytes)  # boolean, and as the kernel takes it
+        if self.attention == MASKED_ATTENTION and tokens > chunk:
+            prefill += chunk * tokens * (1 + self.value_bytes)  # boolean, and as the kernel takes it
             prefill += 2 * tokens * heads * self.value_bytes if self.key_heads < self.text.num_attention_heads else 0
         return max(prefill, self.encoding_bytes())
+
+    def held_bytes(self) -> int:
+        """Pixels of one frame, where those of all are there until the prompt is prefilled."""
+        if self.config.model_type == STREAMED_FAMILY:
+            return 0
+        vision = self.config.vision_config
+        # PS3 is given the largest of its scales
+        return 3 * getattr(vision, "input_size", first(vision.image_size)) ** 2 * 4
 
     def encoding_bytes(self) -> int:
         """Pixels and tower states of the frames that are encoded together."""
@@ -119,17 +132,10 @@ class MemoryPlan:
             need = self.need(frames)
             return need.tokens <= tokens and need.total <= total
 
-        if not fits(0):
-            return -1
-        low, high = 0, 1
-        while fits(high):
-            if high > 2**40:
-                raise ValueError("most_frames needs a limit of tokens or of bytes")
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        # a prompt that is just short enough to go through as a whole may need more than a longer one in chunks
+        whole = largest(lambda frames: self.tokens(frames) <= LONG_PROMPT, 0)
+        start = whole + 1 if fits(whole + 1) else 0
+        return largest(fits, start) if fits(start) else -1
 
     def shown_frames(self, *more: int) -> list[int]:
         """Numbers of frames for a table: the usual ones, those asked for, and the most that fit the context."""
@@ -148,6 +154,19 @@ class MemoryPlan:
                 f"| {need.frames} | {need.tokens} | {gigabytes} | {'yes' if need.tokens <= context else 'no'} |"
             )
         return "\n".join(lines)
+
+
+def largest(fits: Callable[[int], bool], start: int) -> int:
+    """The last number from `start` on that fits, of which no larger one does behind one that does not."""
+    low, high = start, start + 1
+    while fits(high):
+        if high > 2**40:
+            raise ValueError("most_frames needs a limit of tokens or of bytes")
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def key_shape(text_config: Any) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from vila import VilaConfig, memory
 from vila.cache_vila import ROOM
 from vila.context_vila import context_length
 from vila.geometry_vila import TileGrid
+from vila.loading_vila import Checkpoint
 from vila.memory_vila import MemoryPlan, loaded_bytes, weight_bytes
 
 CHECKPOINTS = ("nvila_lite_image", "vila15_image", "vila15_clip_image")
@@ -90,6 +91,40 @@ def test_the_figures_of_a_million_tokens():
     assert masked.chunk_bytes(2**20) > 2**20 * 2048 * 3 and masked.chunk_bytes(2048) == plan.chunk_bytes(2048)
     quantised = MemoryPlan(long_vila(), 16 * 10**9, cache_bits=4)
     assert 0.25 < quantised.cache_bytes(2**20) / plan.cache_bytes(2**20) < 0.35
+
+
+def test_a_prompt_that_goes_through_whole_is_counted_whole():
+    plan, chunked = (MemoryPlan(long_vila(), 16 * 10**9, attention="none", chunk=chunk) for chunk in (None, 2048))
+    assert chunked.chunk_bytes(8192) == chunked.chunk_bytes(2048) == plan.chunk_bytes(2048) == plan.chunk_bytes(8193)
+    assert plan.chunk_bytes(8192) > 3.9 * plan.chunk_bytes(2048)
+    # 31 frames, in chunks, fit where 29 as a whole do not
+    total = plan.need(31).total + 10**8
+    assert plan.need(29).total > total and plan.most_frames(total=total) >= 31
+
+
+@pytest.mark.parametrize("folder", ["vila_hd_folder", "vila_u_folder"])
+def test_frames_that_cannot_be_streamed_are_all_counted(request, folder):
+    checkpoint = Checkpoint(request.getfixturevalue(folder))
+    processor = checkpoint.load_processor()
+    config = checkpoint.family.config_class.from_pretrained(checkpoint.folder)
+    assert not processor.can_stream
+    content = [{"type": "video", "video": torch.zeros(3, 40, 40, 3).byte().numpy()}, {"type": "text", "text": "?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_frames": 3},
+    )
+    pixels = sum(inputs[name].nbytes for name in ("pixel_values", "pixel_values_videos") if name in inputs)
+    plan = MemoryPlan(config, 0)
+    assert pixels > 0 and plan.need(3).chunk - plan.chunk_bytes(plan.tokens(3)) == pixels
+
+
+def test_frames_that_can_be_streamed_are_not_counted(converted):
+    checkpoint = Checkpoint(converted("nvila_lite_image"))
+    plan = MemoryPlan(checkpoint.family.config_class.from_pretrained(checkpoint.folder), 0)
+    assert checkpoint.load_processor().can_stream and plan.need(3).chunk == plan.chunk_bytes(plan.tokens(3))
 
 
 @pytest.mark.parametrize("pools", [None, [[8, 1, 1]], [[1, 2, 2], [4, 1, 1]]], ids=str)
@@ -242,8 +277,11 @@ def test_every_option_changes_the_figures(converted, capsys):
         (["--context", 10**9], "the model was made for"),
         (["--frames", "-1"], "less than 0"),
         (["--bits", "5"], "invalid choice"),
+        (["--memory", "inf"], "no positive number of GB"),
+        (["--memory", "nan"], "no positive number of GB"),
+        (["--memory", "-1"], "no positive number of GB"),
     ],
-    ids=["frames", "context", "negative", "bits"],
+    ids=["frames", "context", "negative", "bits", "infinite", "nan", "less than none"],
 )
 def test_what_cannot_be_is_one_clear_error(converted, arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
