@@ -2,7 +2,7 @@
 
 - Nothing is loaded or measured; `benchmarks/long_video.py` compares with what a process takes.
 - A prompt of more than 8,192 tokens is prefilled in chunks, and with `stream_frames=True` its frames are encoded chunk
-  by chunk: what grows with it is the cache, and, on a GPU without flash attention, what the attention of a chunk needs.
+  by chunk: what grows with it is the cache, and, on a GPU without flash attention, what attention in a chunk needs.
   Where frames cannot be streamed, the pixels of all of them are counted with the chunk.
 """
 

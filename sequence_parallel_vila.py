@@ -147,8 +147,8 @@ class SequenceParallel:
         own = torch.tensor([fingerprint, length, cached], device=self.model.device)
         if any(not found.equal(own) for found in self.gather(own)):
             raise ValueError(
-                "the processes of a group were given different prompts, or drew different tokens: generate() takes the "
-                "same inputs in all of them, and sampling the same seed"
+                "the processes of a group were given different prompts, or drew different tokens: generate() takes "
+                "the same inputs in all of them, and sampling the same seed"
             )
 
     def gather(self, own: torch.Tensor) -> list[torch.Tensor]:

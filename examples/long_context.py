@@ -153,7 +153,7 @@ def set_context(config: Any, stage: Stage) -> None:
             raise ValueError(f"this stage has a rope base of {stage.rope_theta:g}, the model one of {base:g} already")
         if rope.get("rope_type", "default") != "default":
             raise ValueError(
-                f"this stage raises the rope base, the model's rope_parameters stretch by {rope['rope_type']!r} already"
+                f"the stage raises the rope base, the model's rope_parameters stretch by {rope['rope_type']!r} already"
             )
         rope["rope_theta"] = float(stage.rope_theta)
     text.rope_parameters, text.max_position_embeddings = rope, stage.max_length

@@ -1,7 +1,8 @@
 """A needle in a video, frames by depth: `python examples/needle.py --model DIR --output OUT`.
 
-Every answer is written to `OUT/needle.jsonl` as it comes, with what the model's files are known by, and a run of the same
-model and seed that was stopped goes on; the grid is drawn to `OUT/needle.png`. Several grids beside each other: `python examples/needle.py --draw OUT1 OUT2 --output both.png`.
+Every answer is written to `OUT/needle.jsonl` as it comes, with the model and the seed, and a run of the same ones that
+was stopped goes on; the grid is drawn to `OUT/needle.png`. Several grids beside each other:
+`python examples/needle.py --draw OUT1 OUT2 --output both.png`.
 
 A video that is longer than the model's context is asked all the same: the grid shows what becomes of it.
 Several processes share every video: `torchrun --nproc-per-node 2 examples/needle.py ...`, on CPUs over gloo.
@@ -171,7 +172,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or Hub id")
     parser.add_argument("--output", type=Path, required=True, help="folder of the answers; with --draw the picture")
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="default: %(default)s")
-    parser.add_argument("--depths", type=int, default=11, help="from 0 to 100 %%, a single one at 50 %% (default: %(default)s)")
+    parser.add_argument("--depths", type=int, default=11, help="from 0 to 100 %%, one at 50 %% (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=4, help="videos per cell (default: %(default)s)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)

@@ -229,7 +229,7 @@ def test_two_processes_share_long_videos_and_find_needles(extended, tmp_path):
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """`asked(*options)`: a grid of one cell in `tmp_path / "grid"`, and how many questions the model was asked for it."""
+    """`asked(*options)`: how many questions the model is asked for a grid of one cell, `tmp_path / "grid"`."""
     questions, ask = [], needle.Asker.ask
     monkeypatch.setattr(needle.Asker, "ask", lambda self, *args: questions.append(args) or ask(self, *args))
 

@@ -24,11 +24,12 @@ TOLERANCE = 1e-5
 SIZES = [2, 4]
 
 
+SHARED = ("training", "inference", "long_inference", "different_batches")
 # what is run in as many processes, in one go; the last takes a process away
 RUNS = {
     1: ("trainer",),
-    2: ("training", "inference", "long_inference", "wrapped", "different_batches", "different_prompts", "readme", "dies"),
-    4: ("training", "inference", "long_inference", "tensor_parallel", "different_batches", "trainer", "hangs"),
+    2: (*SHARED, "wrapped", "different_prompts", "readme", "dies"),
+    4: (*SHARED, "tensor_parallel", "trainer", "hangs"),
 }
 
 
