@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--context", type=count(1), metavar="T", help="tokens of prompt and answer at most (default: the model's)")
     add("--bits", type=int, choices=(4, 8, 16), help="of a weight of the language model (default: the checkpoint's)")
     add("--cache-bits", type=int, choices=(2, 4, 8), help="of a value in a quantised cache (default: not quantised)")
-    add("--memory", type=gigabytes, metavar="GB", help="that may be taken (default: what the GPU, or the machine, has)")
+    add("--memory", type=gigabytes, metavar="GB", help="that may be taken (default: what the GPU or machine has)")
     add("--attention", default="sdpa", choices=("sdpa", "sdpa_cpu", "flash_attention_2"), help="default: %(default)s")
     add("--chunk", type=count(1), metavar="N", help="prefill_chunk_size (default: that of generate())")
     add("--text-tokens", type=count(0), default=TEXT_TOKENS, metavar="N", help="beside frames (default: %(default)s)")

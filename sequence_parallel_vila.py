@@ -83,7 +83,8 @@ class SequenceParallel:
         attention = next(ATTENTIONS)
         AttentionInterface.register(attention, self.attend)
         self.language_model.set_attn_implementation(attention)
-        self._forward, model.divides_prompt = model.forward, True
+        self._forward = model.forward
+        model.divides_prompt = True  # type: ignore[assignment]
         model.forward = functools.wraps(self._forward)(functools.partial(self.forward))
 
     def stop(self) -> None:
