@@ -117,22 +117,26 @@ class VilaGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any],
         is_first_iteration: bool = True,
     ) -> Any:
-        """`GenerationMixin`'s; in chunks, every chunk is given, or made, the features of its own placeholders."""
+        """`GenerationMixin`'s; in chunks, the cache makes room for all of them at once, and every chunk is given, or
+        made, the features of its own placeholders.
+        """
         size, encoded = generation_config.prefill_chunk_size, model_kwargs.get("mm_encoder_outputs")
         cache = model_kwargs.get("past_key_values")
-        if size is None or cache is None or not encoded or not is_first_iteration:
+        mask, others = model_kwargs.get("attention_mask"), ("inputs_embeds", "pixel_values", "pixel_values_videos")
+        is_text = (mask is None or mask.ndim == 2) and all(model_kwargs.get(name) is None for name in others)
+        if size is None or cache is None or not (encoded or is_text) or not is_first_iteration:
             return super()._prefill(  # type: ignore[misc]
                 input_ids, generation_config, model_kwargs, is_first_iteration
             )
         # every chunk is a prefill of its own
         config = copy(generation_config)
         config.prefill_chunk_size, config._mask_length = None, -1
-        mask, past = model_kwargs.get("attention_mask"), cache.get_seq_length()
+        past = cache.get_seq_length()
         seen = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         input_ids = input_ids[:, past:] if seen == input_ids.shape[1] else input_ids
         readers = {
             modality: row_readers(output.pooler_output, input_ids == getattr(self.config, f"{modality}_token_id"))
-            for modality, output in encoded.items()
+            for modality, output in (encoded or {}).items()
             if output is not None
         }
         total, outputs = input_ids.shape[1], None

@@ -61,7 +61,8 @@ class SequenceParallel:
         sharder: cuts batches, see `BatchSharder`.
 
     Raises:
-        ValueError: if the processes do not divide into groups, or the attention heads do not divide by one.
+        ValueError: if the processes do not divide into groups, or the attention heads do not divide by one; for a
+            language model whose attention does not reach all tokens before.
         RuntimeError: without `torch.distributed.init_process_group`; in any later call, if a process of the group has
             died or does not answer in time.
     """
@@ -73,6 +74,7 @@ class SequenceParallel:
         group: dist.ProcessGroup | None = None,
         timeout: float = TIMEOUT,
     ):
+        check_attention(model.config.get_text_config())
         self.group = group if group is not None else new_groups(size, timeout)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         heads = model.config.get_text_config().num_attention_heads
@@ -303,6 +305,17 @@ class SequenceParallel:
             k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
             rows.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale))
         return tokens_for_heads(torch.cat(rows, dim=2), self.group).transpose(1, 2), None
+
+
+def check_attention(text_config: Any) -> None:
+    """Refuses sliding windows, of which `attend` knows nothing."""
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if getattr(text_config, "sliding_window", None) is None else "sliding_attention"]
+    if others := sorted(set(kinds) - {"full_attention"}):
+        raise ValueError(
+            f"sequence parallelism takes language models with full attention in every layer, not {', '.join(others)}"
+        )
 
 
 class SharedLayer(GrowingLayer):

@@ -176,6 +176,28 @@ def chat(converted):
     return model, processor.apply_chat_template([{"role": "user", "content": content}], **ways)
 
 
+@pytest.mark.parametrize("own_cache", [False, True])
+def test_a_long_text_is_not_copied_for_every_chunk(chat, own_cache, monkeypatch):
+    model, rooms = chat[0], []
+    append = GrowingLayer._append
+    monkeypatch.setattr(
+        GrowingLayer,
+        "_append",
+        lambda layer, name, *states: [append(layer, name, *states), rooms.append(layer.rooms[name].data_ptr())][0],
+    )
+    ids = torch.arange(4 * ROOM).unsqueeze(0) % 50 + 5
+    mask = torch.ones_like(ids)
+    mask[:, :10] = 0
+    options = {"past_key_values": DynamicCache()} if own_cache else {}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = logits(model, inputs)
+    rooms.clear()
+    chunked = logits(model, inputs, prefill_chunk_size=100, **options)
+    torch.testing.assert_close(chunked, expected, atol=1e-4, rtol=1e-4)
+    # keys and values of every layer, once; behind the first chunk where the caller's cache had no layers yet
+    assert len(set(rooms)) <= 2 * model.config.text_config.num_hidden_layers * (2 if own_cache else 1)
+
+
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_an_offloaded_cache_gives_the_same_answer(chat, chunk, monkeypatch):
     monkeypatch.setattr(torch, "Stream", NoStream)

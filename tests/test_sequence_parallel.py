@@ -321,5 +321,12 @@ def test_group_that_does_not_fit_is_refused(processor):
         BatchSharder(config, 2, 2)
     with pytest.raises(ValueError, match="packing=True"):
         ShardingCollator(VilaDataCollator(processor), BatchSharder(config, 2, 0))
+    sliding = tiny()
+    sliding.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="full attention in every layer, not sliding_attention"):
+        SequenceParallel(sliding)
+    sliding.config.text_config.layer_types, sliding.config.text_config.sliding_window = None, 16
+    with pytest.raises(ValueError, match="full attention in every layer"):
+        SequenceParallel(sliding)
     with pytest.raises(RuntimeError, match="init_process_group"):
         SequenceParallel(tiny())
