@@ -393,6 +393,29 @@ def lost(rank, size, folder, sleep):
         return {"error": type(error).__name__, "seconds": time.monotonic() - start}
 
 
+def lost_answering(rank, size, folder):
+    """The last process ends while the others answer; what do they say, then and when they prepare another question?"""
+    processor, model, found = AutoProcessor.from_pretrained(NANO), tiny(size, size).eval(), {}
+    inputs = question(processor, [{"type": "video", "video": frames(6)}, {"type": "text", "text": "What is it?"}])
+    parallel = SequenceParallel(model, timeout=8)
+    prepared = parallel.prepare(**inputs)
+    start, calls = time.monotonic(), []
+
+    def count(*_):
+        calls.append(None)
+        # behind the prompt and two new tokens
+        if rank == size - 1 and len(calls) == 4:
+            os._exit(1)
+
+    model.model.language_model.register_forward_pre_hook(count)
+    for name, work in (("generate", lambda: answer(model, prepared)), ("prepare", lambda: parallel.prepare(**inputs))):
+        try:
+            work()
+        except RuntimeError as error:
+            found[name] = type(error).__name__
+    return found | {"calls": len(calls), "seconds": time.monotonic() - start}
+
+
 SCENARIOS = {
     "training": training,
     "inference": inference,
@@ -403,6 +426,7 @@ SCENARIOS = {
     "wrapped": wrapped,
     "different_batches": different_batches,
     "different_prompts": different_prompts,
+    "dies_answering": lost_answering,
     "dies": lambda *args: lost(*args, sleep=0),
     "hangs": lambda *args: lost(*args, sleep=30),
 }

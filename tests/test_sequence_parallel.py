@@ -29,6 +29,7 @@ SHARED = ("training", "inference", "long_inference", "different_batches")
 RUNS = {
     1: ("trainer",),
     2: (*SHARED, "wrapped", "different_prompts", "readme", "dies"),
+    3: ("dies_answering",),
     4: (*SHARED, "tensor_parallel", "trainer", "hangs"),
 }
 
@@ -157,6 +158,13 @@ def test_processes_that_ask_different_questions_all_end_with_an_error():
 def test_others_end_with_an_error_when_a_process_dies():
     result = found(2, "dies")
     assert result["error"] in ("RuntimeError", "DistBackendError") and result["seconds"] < 10
+
+
+def test_others_end_with_an_error_when_a_process_dies_while_they_answer():
+    result = found(3, "dies_answering")
+    for step in ("generate", "prepare"):
+        assert result[step] in ("RuntimeError", "DistBackendError")
+    assert 2 < result["calls"] < 5 and result["seconds"] < 20
 
 
 def test_others_end_with_an_error_when_a_process_hangs_longer_than_the_timeout():
