@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoProcessor
 from vila import VilaForConditionalGeneration, loading_vila
 from vila.chat_templates_vila import named_template
 from vila.conversion_vila import convert
+from vila.frame_stream_vila import FrameStream
 from vila.infer import AnswerStreamer, main, media_block, parse_arguments
 from vila.media_policy_vila import MediaPolicy
 from vila.training_vila import LORA_TARGETS
@@ -328,6 +329,21 @@ def test_long_videos_show_progress_beside_the_answer(lite, frames, capsys):
     assert "Decoding frames" in captured.err and "70/70" in captured.err
     assert "frames" not in captured.out and captured.out.count("\n") == 1
     assert "Decoding frames" not in infer(capsys, "-m", lite, "--media", frames, tokens=2).err
+
+
+@pytest.mark.parametrize(
+    ("options", "streams"), [(["-nf", 65], True), (["-nf", 64], False), (["-nf", 65, "-vm", 2], False)], ids=str
+)
+def test_long_videos_are_decoded_while_the_model_reads_them(options, streams, lite, clip, monkeypatch, capsys):
+    given, generate = [], VilaForConditionalGeneration.generate
+    monkeypatch.setattr(
+        VilaForConditionalGeneration,
+        "generate",
+        lambda self, *args, **kwargs: given.append(kwargs["pixel_values"]) or generate(self, *args, **kwargs),
+    )
+    infer(capsys, "-m", lite, "--media", clip, *options, tokens=1)
+    assert len(given) == 1 and isinstance(given[0], FrameStream) == streams
+    assert len(given[0]) == options[1] or not streams
 
 
 # ---- checkpoints
