@@ -99,15 +99,17 @@ class MemoryPlan:
     def chunk_bytes(self, tokens: int) -> int:
         """The most that is held at a time while a chunk of the prompt, or of its frames, is computed."""
         chunk = self.chunk or (tokens if tokens <= LONG_PROMPT else PREFILL_CHUNK)
-        length, hidden = min(chunk, tokens), self.text.hidden_size
-        heads = self.text.num_attention_heads * self.head_size
-        # embeddings, residual and normalised states; gate, up and their product, or query, keys, values and output
-        widest = max(3 * self.text.intermediate_size, 2 * heads + 2 * self.key_heads * self.head_size)
-        prefill = length * (3 * hidden + widest) * self.value_bytes + self.text.vocab_size * 4
+        length, heads = min(chunk, tokens), self.text.num_attention_heads * self.head_size
+        # embeddings, a layer's input, its residual and normalised states; sines and cosines
+        held = length * (4 * self.text.hidden_size + 2 * self.head_size) * self.value_bytes
+        # gate, up and their product; queries, keys, values and output
+        gates = 3 * length * self.text.intermediate_size * self.value_bytes
+        attention = 2 * length * (heads + self.key_heads * self.head_size) * self.value_bytes
         if self.attention == MASKED_ATTENTION and tokens > chunk:
-            prefill += chunk * tokens * (1 + self.value_bytes)  # boolean, and as the kernel takes it
-            prefill += 2 * tokens * heads * self.value_bytes if self.key_heads < self.text.num_attention_heads else 0
-        return max(prefill, self.encoding_bytes())
+            held += chunk * tokens  # a boolean mask, for all layers, and in each as the kernel takes it
+            attention += chunk * tokens * self.value_bytes
+            attention += 2 * tokens * heads * self.value_bytes if heads > self.key_heads * self.head_size else 0
+        return max(held + max(gates, attention) + self.text.vocab_size * 4, self.encoding_bytes())
 
     def held_bytes(self) -> int:
         """Pixels of one frame, where those of all are there until the prompt is prefilled."""

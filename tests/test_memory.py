@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from live_tensors import LiveTensors
 from transformers import AutoModel, AutoProcessor, DynamicCache
 from vila import VilaConfig, memory
 from vila.cache_vila import ROOM
 from vila.context_vila import context_length
+from vila.frame_stream_vila import FrameStream, Views
 from vila.geometry_vila import TileGrid
 from vila.loading_vila import Checkpoint
 from vila.memory_vila import MemoryPlan, loaded_bytes, weight_bytes
@@ -79,6 +82,39 @@ def test_tokens_and_cache_are_those_of_a_real_prompt(converted, checkpoint, fram
         == plan.cache_bytes(length)
         == (length + ROOM) * sum(t.nbytes // t.shape[2] for layer in cache.layers for t in (layer.keys, layer.values))
     )
+
+
+def small(**vision):
+    """In the proportions of the released ones."""
+    text = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 2**14}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 96, "intermediate_size": 256, **vision}
+    vision |= {"num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 14, "vision_use_head": False}
+    return AutoModel.from_config(VilaConfig(text_config=text, vision_config=vision)).bfloat16().eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_cpu"])
+@pytest.mark.parametrize(("tokens", "chunk"), [(1024, None), (2048, 256), (2048, 64)], ids=str)
+def test_a_chunk_takes_what_is_planned(attention, tokens, chunk):
+    model, ids = small(image_size=28), torch.arange(tokens).unsqueeze(0) % 50 + 5
+    model.set_attn_implementation(attention)
+    plan = MemoryPlan(model.config, 0, attention=attention, chunk=chunk)
+    with LiveTensors(ids, *model.parameters(), *model.buffers()) as live:
+        model.generate(input_ids=ids, prefill_chunk_size=chunk, max_new_tokens=1, pad_token_id=0)
+    assert live.most - plan.cache_bytes(tokens) == pytest.approx(plan.chunk_bytes(tokens), rel=0.1)
+    assert plan.chunk_bytes(tokens) > plan.encoding_bytes()
+
+
+@pytest.mark.parametrize("frames", [2, 4])
+@torch.no_grad()
+def test_frames_that_are_encoded_together_take_what_is_planned(frames):
+    model = small(image_size=224)
+    model.config.vision_chunk_size = frames
+    stream = FrameStream([Views(8, range(8))], lambda views: np.zeros((len(views), 3, 224, 224), dtype=np.float32))
+    with LiveTensors(*model.parameters(), *model.buffers()) as live:
+        for _ in model.model.stream_features("image", stream, None):
+            pass
+    assert live.most == pytest.approx(MemoryPlan(model.config, 0).encoding_bytes(), rel=0.15)
 
 
 def test_the_figures_of_a_million_tokens():
