@@ -285,7 +285,7 @@ def readme(rank, size, folder):
     return {"same": [torch.equal(*pair) for pair in zip(own, expected, strict=True)], "answer": shown["answer"]}
 
 
-@patch.multiple(generation_vila, LONG_PROMPT=20, PREFILL_CHUNK=32)
+@patch.multiple(generation_vila, LONG_PROMPT=20, PREFILL_CHUNK=16)
 def long_inference(rank, size, folder):
     """Prompts that one process takes in chunks, by one process and by all: logits, and the keys of every process."""
     processor, model = AutoProcessor.from_pretrained(NANO), tiny().eval()
@@ -301,7 +301,7 @@ def long_inference(rank, size, folder):
     for inputs in (first, parallel.prepare(**first), parallel.prepare(**first), text, second):
         # the second question about the video goes on from the first
         past = {"past_key_values": caches[1]} if inputs is second else {}
-        model.generation_config.prefill_chunk_size = 16 if len(found) == 2 else None
+        model.generation_config.prefill_chunk_size = 12 if len(found) == 2 else None
         _, own, cache = answer(model, inputs, **past)
         caches.append(cache)
         found.append(own)
