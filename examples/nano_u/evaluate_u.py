@@ -23,11 +23,10 @@ from episodes import image_block, text_block
 from judge import check_words, wilson
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-from train_u import FINAL, OUTPUT
 from transformers import AutoModel, AutoProcessor
 from vocabulary import Split
 
-DEFAULT_MODEL = OUTPUT / FINAL
+DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "vila-u-nano"
 SAMPLES, BATCH_SIZE = 200, 50
 SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 ZOOM, COLUMNS, CAPTION = 2, 6, 14
@@ -132,7 +131,7 @@ def evaluate(model: Any, processor: Any, options: argparse.Namespace) -> dict[st
         pictures, right = drawn(described, best)
     shown = [pair for pair, ok in zip(zip(described, pictures), right) if ok]
     if options.sheet:
-        contact_sheet(described[: 4 * COLUMNS], pictures).save(options.sheet)
+        contact_sheet(described[: 4 * COLUMNS], pictures[: 4 * COLUMNS]).save(options.sheet)
     return {
         "drawing": drawing,
         "best": best,

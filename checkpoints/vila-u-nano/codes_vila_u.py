@@ -1,0 +1,1 @@
+../../codes_vila_u.py

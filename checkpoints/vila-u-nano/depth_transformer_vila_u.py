@@ -1,0 +1,1 @@
+../../depth_transformer_vila_u.py

@@ -1,0 +1,1 @@
+../../sampling_vila_u.py
