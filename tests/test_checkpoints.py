@@ -6,7 +6,11 @@ import shutil
 import subprocess
 import sys
 
+import evaluate_hd
+import evaluate_u
 import publish
+import publish_hd
+import publish_u
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -17,6 +21,8 @@ CHECKPOINTS = REPOSITORY / "checkpoints"
 # folder -> where its card is written, and what makes a table of its scores
 KINDS = {
     "vila-nano": (publish.CARD, publish.scores_table),
+    "vila-hd-nano": (publish_hd.CARD, evaluate_hd.table_of),
+    "vila-u-nano": (publish_u.CARD, evaluate_u.table_of),
 }
 MAX_BYTES = 16_000_000
 

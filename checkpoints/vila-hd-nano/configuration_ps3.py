@@ -1,0 +1,1 @@
+../../configuration_ps3.py

@@ -1,0 +1,1 @@
+../../frame_stream_vila.py

@@ -1,0 +1,1 @@
+../../image_loading_vila.py

@@ -1,0 +1,1 @@
+../../looking_vila_hd.py

@@ -1,0 +1,1 @@
+../../prompts_vila_hd.py

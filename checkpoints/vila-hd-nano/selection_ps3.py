@@ -1,0 +1,1 @@
+../../selection_ps3.py

@@ -1,0 +1,1 @@
+../../tiling_vila.py

@@ -1,0 +1,1 @@
+../../turns_vila.py

@@ -1,0 +1,1 @@
+../../weight_loading_vila.py

@@ -1,0 +1,1 @@
+../../weight_names_vila.py
