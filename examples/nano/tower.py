@@ -31,8 +31,9 @@ from drawing import (
 from PIL import Image, ImageDraw
 from reading import draw_items
 from scenes import MAX_COUNT, counted_scene, draw_counts
+from streams import row_numbers
 from torch import nn
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 from vocabulary import COLOURS, LETTERS, MAX_LETTERS, SHAPES, TRAINED_PAIRS, Split, draw_string
 
 CHARACTERS = LETTERS + LETTERS.lower() + "0123456789"
@@ -157,12 +158,9 @@ class LabelledPictures(IterableDataset):
         self.patch, self.batch_size, self.seed, self.start, self.split = patch, batch_size, seed, start, split
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        worker = get_worker_info()
-        number, stride = self.start + (worker.id if worker else 0), worker.num_workers if worker else 1
-        while True:
+        for number in row_numbers(self.start):
             rng = random.Random(f"tower/{self.split}/{self.seed}/{number}")
             yield from (self.row(rng) for _ in range(self.batch_size))
-            number += stride
 
     def row(self, rng: random.Random) -> dict[str, torch.Tensor]:
         picture, maps = draw_labelled(rng, self.split, self.patch)

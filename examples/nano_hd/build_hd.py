@@ -1,4 +1,4 @@
-"""A VILA-HD in small that starts from vila-nano: `python examples/nano_hd/build_hd.py FOLDER`.
+"""An untrained vila-hd-nano as an ordinary folder: a VILA-HD in small that starts from vila-nano.
 
 - The encoder sees 252 pixels a side of a canvas of 1512, and looks at 324 of the 7,056 patches of the large one.
 - Blocks, projector and language model are vila-nano's. Its kernel of 11 pixels is stretched to 18, so that a print of
@@ -7,7 +7,6 @@
   repeated over and over, which tells patches of the large canvas from their neighbours.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -168,15 +167,3 @@ def build(folder: str | Path, seed: int = 0, start: str | Path = NANO) -> Path:
     config = build_config(nano.config, nano_processor.tokenizer)
     save(build_model(config, nano, seed), build_processor(nano_processor, config), Path(folder), torch.float32)
     return Path(folder)
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="build_hd.py", description=__doc__.split("\n")[0])
-    parser.add_argument("folder")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    sys.stdout.write(f"{build(options.folder, options.seed)}\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

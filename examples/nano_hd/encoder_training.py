@@ -33,8 +33,9 @@ from canvases import (
 )
 from drawing import any_font, draw_text, ground_colour, ink, text_size
 from PIL import Image, ImageDraw
+from streams import row_numbers
 from torch import nn
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 from vocabulary import COLOURS, SHAPES, Split
 
 CHARACTERS = CODE_LETTERS + "0123456789"
@@ -150,11 +151,8 @@ class LabelledCanvases(IterableDataset):
         self.mean, self.std, self.seed, self.start, self.split = mean, std, seed, start, split
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        worker = get_worker_info()
-        number, step = (self.start + worker.id, worker.num_workers) if worker else (self.start, 1)
-        while True:
+        for number in row_numbers(self.start):
             yield self.row(random.Random(f"encoder/{self.split}/{self.seed}/{number}"), number % 2 == 0)
-            number += step
 
     def row(self, rng: random.Random, is_dense: bool) -> dict[str, torch.Tensor]:
         if is_dense:

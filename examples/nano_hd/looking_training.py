@@ -1,7 +1,7 @@
 """Training of what chooses the patches, and of the language model that reads what was seen.
 
-One pass over a canvas gives three losses: where a question makes the model look (top-down), where it looks without one
-(bottom-up), and what it answers. It differs from training with `VilaHDForConditionalGeneration.forward` in this:
+One pass over a canvas says where a question makes the model look (top-down), where it looks without one (bottom-up),
+and what it answers; each is a loss. It differs from training with `VilaHDForConditionalGeneration.forward` in this:
 
 - The selection loss reaches the language model. The original's has learned from much text to sum up a question; this
   small one learns it here.
@@ -12,7 +12,7 @@ One pass over a canvas gives three losses: where a question makes the model look
   projector gives and of the language model's states halfway. From the answers alone, a few hundred characters a step,
   it learned slowly which character stands where, and went on to mix the codes of several things.
 - What a question looks for, and what lies at a place, are first led to the same directions, one for every colour. From
-  the selection loss alone both would have to find each other: after 150 steps it still chose any code.
+  the selection loss alone both would have to find each other: after 170 steps it still chose any code.
 """
 
 import random
@@ -27,8 +27,9 @@ from build_hd import LOOK_CELLS, PATCH
 from canvases import CELLS, CODE_LENGTH, SIDE, Spot, cells_of, draw_canvas, question_of
 from encoder_training import CHARACTERS, COLOUR_NUMBERS, LARGE_KINDS, QUARTERS, Labels, patches_of, weighed_loss
 from episodes import image_block, text_block
+from streams import row_numbers
 from torch import nn
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 from vila import VilaForConditionalGeneration
 from vila.chat_templates_vila import user_end_ids
 from vila.generation_vila_hd import as_encoded
@@ -90,11 +91,8 @@ class AskedCanvases(IterableDataset):
         self.is_shown, self.seed, self.start, self.split = is_shown, seed, start, split
 
     def __iter__(self) -> Iterator[Asked]:
-        worker = get_worker_info()
-        number, step = (self.start + worker.id, worker.num_workers) if worker else (self.start, 1)
-        while True:
+        for number in row_numbers(self.start):
             yield self.row(random.Random(f"asked/{self.is_shown}/{self.split}/{self.seed}/{number}"))
-            number += step
 
     def row(self, rng: random.Random) -> Asked:
         canvas = draw_canvas(rng, self.split)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from drawn_scenes import SIDE, draw_picture, draw_scene
+from streams import row_numbers
 from torch import nn
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 from vocabulary import COLOURS, SHAPES, Split
 
 DECAY, REVIVED_BELOW = 0.98, 0.05  # of the running counts, in rows per batch
@@ -35,11 +36,8 @@ class LabelledScenes(IterableDataset):
         self.patch, self.seed, self.start, self.split = patch, seed, start, split
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        worker = get_worker_info()
-        number, step = (self.start + worker.id, worker.num_workers) if worker else (self.start, 1)
-        while True:
+        for number in row_numbers(self.start):
             yield self.row(random.Random(f"codes/{self.split}/{self.seed}/{number}"))
-            number += step
 
     def row(self, rng: random.Random) -> dict[str, torch.Tensor]:
         """`pixel_values`, `(3, SIDE, SIDE)` in -1 to 1, `things`, `(SIDE, SIDE)`, and `labels`, `(2, patches)`."""

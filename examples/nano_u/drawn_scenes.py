@@ -8,7 +8,8 @@ from typing import Any
 from drawing import SCALE, Thing, add_noise, blank, draw_thing, jitter
 from episodes import Message, image_block, text_block
 from PIL import Image, ImageDraw
-from torch.utils.data import IterableDataset, get_worker_info
+from streams import row_numbers
+from torch.utils.data import IterableDataset
 from vocabulary import COLOURS, SHAPES, Split, draw_pair
 
 SIDE = 64  # pixels of a picture
@@ -113,10 +114,7 @@ class DrawnScenes(IterableDataset):
         self.drawing, self.seed, self.start, self.split = drawing, seed, start, split
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        number, step = (self.start + worker.id, worker.num_workers) if worker else (self.start, 1)
-        while True:
+        for number in row_numbers(self.start):
             rng = random.Random(f"{self.split}/{self.seed}/{number}")
             row = drawing_row if rng.random() < self.drawing else answering_row
             yield {"messages": row(rng, self.split)}
-            number += step
