@@ -3,6 +3,8 @@
 - A video goes from its file to the first token, streamed and in chunks: seconds of decoding, encoding and prefilling,
   and the peak of resident memory, each number of frames in a process of its own; growth against linear, and against
   what `vila-memory` computes. The same at once, for the smaller numbers.
+- A text that fills a context of so many tokens (`--context 1048576`), through one layer of one narrow head: seconds, and
+  the peak against what `vila-memory` computes.
 - Time to the first token of a chat's next turn, with a history in the cache, against a bare forward of the same tokens
   on an equally long ready cache, and against prefilling all again. Interleaved; ratios are medians of pairs.
 
@@ -70,11 +72,13 @@ def load_processor() -> VilaProcessor:
     return processor
 
 
-def make_model(processor: VilaProcessor, hidden: int, layers: int) -> VilaForConditionalGeneration:
+def make_model(processor: VilaProcessor, hidden: int, layers: int, **changes: Any) -> VilaForConditionalGeneration:
+    """`changes` of the language model's config."""
     text = {"model_type": "qwen2", "hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "vocab_size": 32000}
     text |= {"num_attention_heads": hidden // 64, "num_key_value_heads": max(2, hidden // 256)}
     text |= {"num_hidden_layers": layers, "max_position_embeddings": 2**20}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 3_580_165_449.0}}
+    text |= changes
     vision = {"model_type": "siglip_vision_model", "hidden_size": 192, "intermediate_size": 768, "image_size": SIDE}
     vision |= {"num_hidden_layers": 5, "num_attention_heads": 3, "patch_size": 14, "vision_use_head": False}
     ids = {"image_token_id": processor.image_token_id, "video_token_id": processor.video_token_id}
@@ -152,6 +156,28 @@ def measure_video(path: str, frames: int, at_once: bool) -> dict[str, float]:
         "peak": peak,
         "planned": (plan.cache_bytes(tokens) + plan.chunk_bytes(tokens)) / MIB,
         "cache": plan.cache_bytes(tokens) / MIB,
+    }
+
+
+def measure_context(tokens: int) -> dict[str, float]:
+    """A text of so many tokens less one, and the token that fills the context."""
+    narrow = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": tokens}
+    model = make_model(load_processor(), 64, 1, **narrow)
+    # below the placeholders of pictures and videos
+    ids = torch.randint(5, min(model.config.image_token_id, model.config.video_token_id), (1, tokens - 1))
+    model.generate(input_ids=ids[:, :5000], prefill_chunk_size=2048, max_new_tokens=1, min_new_tokens=1)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, start = resident("VmRSS"), clock()
+    written = model.generate(input_ids=ids, max_new_tokens=1, min_new_tokens=1)
+    seconds, peak = clock() - start, resident("VmHWM") - before
+    plan = MemoryPlan(model.config, loaded_bytes(model), attention="sdpa_cpu")
+    cache, chunk = plan.cache_bytes(tokens), plan.chunk_bytes(tokens)
+    return {
+        "tokens": written.shape[1],
+        "seconds": seconds,
+        "peak": peak,
+        "cache": cache / MIB,
+        "planned": (cache + chunk) / MIB,
     }
 
 
@@ -251,6 +277,7 @@ def main() -> None:
     global clock
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--frames", type=int, nargs="*", default=[64, 256, 1024, 2048], help="ascending")
+    parser.add_argument("--context", type=int, nargs="*", default=[131072], help="tokens of a text that fills it")
     parser.add_argument("--history", type=int, nargs="*", default=[0, 1024, 4096, 16384], help="tokens")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of a history")
     parser.add_argument("--processor-time", action="store_true", help="seconds of this process, not of the clock")
@@ -265,12 +292,20 @@ def main() -> None:
         name, *values = arguments.child
         if name == "video":
             result = measure_video(values[0], int(values[1]), values[2] == "1")
+        elif name == "context":
+            result = measure_context(int(values[0]))
         else:
             result = measure_history(int(values[0]), int(values[1]))
         return show("\n" + json.dumps(result))
     rows = measure_videos(arguments.frames) if arguments.frames else []
     if arguments.plot:
         draw(rows, arguments.plot)
+    for tokens in arguments.context:
+        row = in_child("context", tokens)
+        show(
+            f"a context of {tokens:,} tokens filled in {row['seconds']:.0f} s: peak {row['peak']:.0f} MiB, "
+            f"of which cache {row['cache']:.0f}; computed {row['planned']:.0f}"
+        )
     if arguments.history:
         show(f"{NEW_TOKENS} new tokens behind a history: tokens, ms, ms bare forward, ratio, ms all again, x faster")
     for history in arguments.history:

@@ -1,6 +1,12 @@
 """The cache that grows in place holds what transformers' cache holds, whatever is done to it."""
 
 import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +19,7 @@ from transformers.cache_utils import QuantizedLayer
 from vila import VilaConfig
 from vila.cache_vila import ROOM, GrowingLayer, expect_tokens, grow_in_place
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("update"), st.integers(1, 3)),
@@ -221,3 +228,38 @@ def test_a_quantised_cache_holds_a_prompt_that_comes_in_chunks(chat, chunk):
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + NEW_TOKENS - 1
     assert cache.layers[0]._quantized_keys[0].dtype == torch.int8
     torch.testing.assert_close(rounded[:, 0], logits(model, inputs)[:, 0], atol=0.2, rtol=0.2)
+
+
+@pytest.mark.slow
+def test_quanto_holds_the_cache_in_four_bits():
+    """Its kernels are compiled on first use: in a process of its own, with packages from a folder of their own."""
+    packages = REPOSITORY / ".venv" / "gptq"
+    if not packages.is_dir() and importlib.util.find_spec("optimum") is None:
+        pytest.skip("optimum-quanto is not installed")
+    code = (
+        "import json, sys\n"
+        "from PIL import Image, ImageDraw\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, dtype='float32').eval()\n"
+        "processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "picture = Image.new('RGB', (112, 112), (230, 230, 230))\n"
+        "ImageDraw.Draw(picture).ellipse((30, 30, 80, 80), fill=(214, 38, 38))\n"
+        "content = [{'type': 'image', 'image': picture}, {'type': 'text', 'text': 'What is in the picture?'}]\n"
+        "inputs = processor.apply_chat_template([{'role': 'user', 'content': content}], tokenize=True,\n"
+        "    add_generation_prompt=True, return_dict=True, return_tensors='pt')\n"
+        "quantised = {'cache_implementation': 'quantized', 'cache_config': {'backend': 'quanto', 'nbits': 4}}\n"
+        "found = []\n"
+        "for options in ({}, quantised, {**quantised, 'prefill_chunk_size': 11}):\n"
+        "    output = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, **options)\n"
+        "    cache = type(output.past_key_values.layers[0]).__name__\n"
+        "    found.append([cache, processor.decode(output.sequences[0], skip_special_tokens=True)])\n"
+        "print(json.dumps(found))\n"
+    )
+    path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+    tools = os.pathsep.join((str(packages / "bin"), os.environ["PATH"]))
+    command = [sys.executable, "-c", code, str(REPOSITORY / "checkpoints" / "vila-nano")]
+    environment = {**os.environ, "PYTHONPATH": path, "PATH": tools}
+    run = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    plain, at_once, in_chunks = json.loads(run.stdout.splitlines()[-1])
+    assert "red circle" in plain[1] and "Quant" not in plain[0]
+    assert at_once == in_chunks == ["QuantoQuantizedLayer", plain[1]]
