@@ -198,7 +198,7 @@ def trainer(rank, size, folder):
     return {"losses": losses, "evaluated": runner.evaluate()["eval_loss"], "weights": weights}
 
 
-def question(processor, *contents):
+def question(processor, *contents, **options):
     messages = []
     for content in contents:
         role = "assistant" if isinstance(content, str) else "user"
@@ -210,7 +210,7 @@ def question(processor, *contents):
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"num_frames": 24},
+        processor_kwargs={"num_frames": 24, **options},
     )
 
 
@@ -251,6 +251,8 @@ def inference(rank, size, folder):
     own_again, own_more, _ = answer(model, second, past_key_values=own_cache)
     whole_ids, whole_logits, _ = answer(model, first)
     _, own_short, _ = answer(model, parallel.prepare(**short))
+    stream, before = question(processor, turn, stream_frames=True), sum(encoded)
+    _, own_streamed, _ = answer(model, parallel.prepare(**stream))
     keys = torch.tensor(own_cache.layers[0].keys.shape[2])
     return {
         "logits": float((own_logits - logits).abs().max()),
@@ -260,6 +262,9 @@ def inference(rank, size, folder):
         "short": float((own_short - short_logits).abs().max()),
         "unprepared": float((whole_logits - logits).abs().max()),
         "unprepared ids": torch.equal(whole_ids, ids),
+        "streamed": float((own_streamed - logits).abs().max()),
+        "streams": [type(value).__name__ for value in stream.values() if not isinstance(value, torch.Tensor)],
+        "decoded": sum(encoded) - before,
         "encoded": [int(n) for n in parallel.gather(torch.tensor(own_encoded))],
         "keys": [int(n) for n in parallel.gather(keys)],
         "prompt": first["input_ids"].shape[1],

@@ -94,6 +94,8 @@ def test_generation_over_several_processes_is_that_of_one(size):
     assert result["more ids"] and result["more logits"] < TOLERANCE
     assert result["unprepared ids"] and result["unprepared"] < TOLERANCE
     assert result["short"] < TOLERANCE
+    assert result["streams"] == ["FrameStream"] and result["streamed"] < TOLERANCE
+    assert result["decoded"] == 24 // size
     assert result["prompt"] % size, "the prompt should not divide by the group"
 
 
