@@ -212,3 +212,15 @@ def serving(server):
 def loopback():
     with serving(LoopbackServer()) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def small_nano(tmp_path_factory) -> Path:
+    """Folder of an untrained model of vila-nano's form, but much smaller."""
+    import build
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "VISION", {**build.VISION, **sizes})
+        patch.setattr(build, "TEXT", {**build.TEXT, **sizes, "num_key_value_heads": 1})
+        return build.build(tmp_path_factory.mktemp("nano") / "small")

@@ -29,26 +29,15 @@ from vila import VilaForConditionalGeneration
 from vila.training_vila import VilaDataCollator, train_only
 from vocabulary import COLOURS, SHAPES
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """Folder of an untrained model of the same form, but much smaller."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "VISION", {**build.VISION, **SMALL})
-        patch.setattr(build, "TEXT", {**build.TEXT, **SMALL, "num_key_value_heads": 1})
-        return build.build(tmp_path_factory.mktemp("nano") / "small")
-
-
-@pytest.fixture(scope="session")
-def processor(small):
-    return AutoProcessor.from_pretrained(small, trust_remote_code=True)
+def processor(small_nano):
+    return AutoProcessor.from_pretrained(small_nano, trust_remote_code=True)
 
 
 @pytest.fixture
-def model(small):
-    return AutoModel.from_pretrained(small, trust_remote_code=True, dtype="auto")
+def model(small_nano):
+    return AutoModel.from_pretrained(small_nano, trust_remote_code=True, dtype="auto")
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -61,8 +50,8 @@ def test_the_model_fits_into_its_file(processor):
     assert full.config.num_tile_tokens == processor.num_tile_tokens == 25
 
 
-def test_the_folder_brings_its_code_and_template(small, processor):
-    assert (small / "modeling_vila.py").is_file() and (small / "processing_vila.py").is_file()
+def test_the_folder_brings_its_code_and_template(small_nano, processor):
+    assert (small_nano / "modeling_vila.py").is_file() and (small_nano / "processing_vila.py").is_file()
     text = processor.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
     assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
 
@@ -181,14 +170,14 @@ def test_the_loss_falls_in_a_plain_trainer(tmp_path, model, processor):
 
 
 @pytest.fixture
-def tiny_recipe(monkeypatch, small):
+def tiny_recipe(monkeypatch, small_nano):
     changes = {"samples": 24, "watched": ("naming",), "batch_size": 2}
     stages = [replace(stage, **changes) for stage in recipe.STAGES if stage.name != "sft"]
     monkeypatch.setattr(
         recipe, "STAGES", tuple(replace(s, mixture={"naming": 1, "text": 1} if s.mixture else {}) for s in stages)
     )
     monkeypatch.setattr(train.Monitor.__init__, "__defaults__", (2,))
-    monkeypatch.setattr(build, "build", lambda folder, seed: shutil.copytree(small, folder))
+    monkeypatch.setattr(build, "build", lambda folder, seed: shutil.copytree(small_nano, folder))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -230,14 +219,14 @@ def test_pace_is_measured_for_every_size(model, processor):
 
 def test_ablations_change_one_thing_each():
     plain = {stage.name: stage for stage in recipe.recipe()}
-    assert list(plain) == ["tower", "language", "align", "pretrain", "sft"]
+    assert list(plain) == ["tower", "language", "align", "pretrain", "sft", "practice"]
     assert plain["align"].tuned == ("projector",) and plain["sft"].mixture["text"] > 0
     assert sum(stage.share for stage in plain.values()) == pytest.approx(1)
     for stage in recipe.recipe(frozen_language_model=True)[2:]:
         assert "language_model" not in stage.tuned
     pairs = recipe.recipe(pairs=True)
     assert "interleaved" not in pairs[3].mixture and "fewshot" not in pairs[3].mixture
-    assert pairs[4] == plain["sft"]
+    assert pairs[4:] == (plain["sft"], plain["practice"])
     assert all("text" not in stage.mixture for stage in recipe.recipe(text=False)[2:])
     for stage in plain.values():
         assert set(stage.mixture) <= set(TASKS) and set(stage.watched) <= set(judge.TRIALS)
@@ -319,15 +308,15 @@ def test_the_stream_of_labelled_pictures_goes_on_where_it_was():
 # --------------------------------------------------------------------------------------------------------- scores
 
 
-def test_evaluate_scores_an_untrained_model_near_chance(small, capsys):
-    evaluate.main(["--model", str(small), "--samples", "3", "--batch-size", "2", "--json"])
+def test_evaluate_scores_an_untrained_model_near_chance(small_nano, capsys):
+    evaluate.main(["--model", str(small_nano), "--samples", "3", "--batch-size", "2", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert [row["trial"] for row in report["scores"]] == list(judge.TRIALS)
     for row in report["scores"]:
         low, high = row["interval"]
         assert 0 <= low <= row["accuracy"] <= high <= 1 and row["total"] == 3
         assert 0 <= row["chance"] <= 0.5 and row["accuracy"] < 1
-    evaluate.main(["--model", str(small), "--samples", "2", "--trials", "naming", "text"])
+    evaluate.main(["--model", str(small_nano), "--samples", "2", "--trials", "naming", "text"])
     table = capsys.readouterr().out
     assert table.count("\n") == 4 and "| naming |" in table and "95 %" in table
 

@@ -7,6 +7,7 @@ import json
 import random
 
 import build_u
+import drawing_training
 import drawn_scenes
 import evaluate_u
 import PIL
@@ -15,14 +16,17 @@ import torch
 import train_u
 from codes_training import CodesTraining, LabelledScenes, normalise, psnr, quality
 from drawing import Thing
+from drawing_training import DrawingCollator, DrawingTraining
 from drawn_judge import is_right, look
-from drawn_scenes import DESCRIBED, SIDE, DrawnScenes, Scene, draw_picture, draw_scene, questions
+from drawn_scenes import DESCRIBED, SIDE, DrawnScenes, Scene, draw_picture, draw_scene, label_patches, questions
 from PIL import Image
 from torch.utils.data import default_collate
 from transformers import AutoModel, AutoProcessor
 from vila.training_vila_u import VilaUDataCollator
-from vocabulary import HELD_OUT_PAIRS
+from vocabulary import COLOURS as NAMED_COLOURS
+from vocabulary import HELD_OUT_PAIRS, SHAPES
 
+COLOURS = list(NAMED_COLOURS)
 FROZEN_TEXTS = "84db283c1b12b4355b1afebc8bbc47796f45cd261fefcaa1336a79788842dd84"
 FROZEN_PIXELS = "7ed1c1ed34a156213bb32fdd1d9e86d1166bc38548e17a0e3aa2b21fe77d6ad9"
 FROZEN_WITH = "13.0.0"
@@ -156,6 +160,74 @@ def test_the_collator_takes_both_kinds_of_rows(folder):
     is_code = batch["labels"] == processor.image_token_id
     assert is_code.any(1).any() and not is_code.any(1).all()
     assert (batch["labels"] != -100).any(1).all()
+
+
+def test_patches_are_labelled_as_they_are_drawn():
+    for row in itertools.islice(DrawnScenes(drawing=1.0), 40):
+        scene, picture = row["scene"], row["messages"][1]["content"][0]["image"]
+        shapes, colours = label_patches(scene, 8).reshape(2, 8, 8)
+        assert ((shapes > 0) == (colours > 0)).all()
+        named = {(COLOURS[c - 1], SHAPES[s - 1]) for s, c in zip(shapes[shapes > 0], colours[shapes > 0])}
+        assert named == {(thing.colour, thing.shape) for thing in scene.things}
+        if picture.size == (SIDE, SIDE) and scene.things[0].shape == "square":
+            thing = scene.things[0]
+            assert shapes[int(thing.y // 8), int(thing.x // 8)] == SHAPES.index("square") + 1
+
+
+def test_training_draws_more_single_things_than_is_asked_for():
+    def share(scenes):
+        return sum(len(scene.things) == 1 for scene in scenes) / len(scenes)
+
+    rows = [row["scene"] for row in itertools.islice(DrawnScenes(drawing=1.0), 400)]
+    assert share(rows) == pytest.approx(drawn_scenes.TRAINED_SINGLES, abs=0.08)
+    assert share(asked("validation", 400)) == pytest.approx(drawn_scenes.SINGLES, abs=0.08)
+
+
+def test_heads_name_the_next_patches_and_teach_the_language_model(folder):
+    torch.manual_seed(0)
+    trainee = DrawingTraining(AutoModel.from_pretrained(folder, dtype="float32"))
+    collator = DrawingCollator(AutoProcessor.from_pretrained(folder), 8, 0.0)
+    rows = list(itertools.islice(DrawnScenes(), 8))
+    batch = collator(rows)
+    assert batch["patch_labels"].shape == (sum("scene" in row for row in rows), 2, 64)
+    loss = trainee(**batch)["loss"]
+    parts = trainee.parts
+    expected = parts["text"] + parts["image"] + drawing_training.NAMING_WEIGHT * parts["naming"]
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and parts["naming"] > 0
+    layer = trainee.model.model.language_model.layers[0].mlp.up_proj.weight
+    losses = []
+    optimizer = torch.optim.AdamW(trainee.parameters(), 3e-3)
+    for _ in range(12):
+        optimizer.zero_grad()
+        trainee(**batch)["loss"].backward()
+        optimizer.step()
+        losses.append(trainee.parts["naming"])
+    assert losses[-1] < 0.9 * losses[0] and layer.grad.abs().sum() > 0
+    only_text = collator([row for row in rows if "scene" not in row][:1])
+    assert only_text["patch_labels"].shape == (0, 2, 64)
+    assert trainee(**only_text)["loss"].isfinite() and trainee.parts["naming"] == 0
+
+
+def test_the_state_that_predicts_a_patch_is_given_its_label(folder, monkeypatch):
+    """The head that is shown a state has the label of the patch behind it."""
+    trainee = DrawingTraining(AutoModel.from_pretrained(folder, dtype="float32"))
+    rows = [row for row in itertools.islice(DrawnScenes(), 8) if "scene" in row][:2]
+    batch = DrawingCollator(AutoProcessor.from_pretrained(folder), 8, 0.0)(rows)
+    seen = []
+    monkeypatch.setattr(
+        drawing_training, "naming_loss", lambda logits, wanted: seen.append((logits, wanted)) or logits.sum()
+    )
+    trainee(**batch)
+    states = trainee.model(
+        **{name: value for name, value in batch.items() if name not in ("patch_labels", "labels")},
+        output_hidden_states=True,
+    ).hidden_states[-1]
+    starts = (batch["input_ids"] == trainee.model.config.image_token_id).int().argmax(1)
+    logits, wanted = seen[-1]
+    for number, start in enumerate(starts.tolist()):
+        own = trainee.heads[-1](states[number, start - 1 : start + 63])
+        torch.testing.assert_close(logits[64 * number : 64 * number + 64], own, atol=1e-4, rtol=1e-4)
+        assert (wanted[64 * number : 64 * number + 64].T.numpy() == label_patches(rows[number]["scene"], 8)).all()
 
 
 def test_codebooks_follow_what_they_stand_for(folder, monkeypatch):

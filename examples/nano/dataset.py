@@ -14,6 +14,7 @@ from typing import Any
 
 import documents
 import judge
+import practice
 import reading
 import scenes
 import shots
@@ -29,12 +30,17 @@ TASKS: dict[str, Callable[[random.Random, Split], Episode]] = {
     "fewshot": shots.fewshot,
     "interleaved": documents.interleaved,
     "pair": documents.pair,
+    "look": practice.look,
+    "tally": practice.tally,
+    "contrast": practice.contrast,
 }
 # tasks whose conversations are about as large as each other
 SIZES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "picture": ("naming", "yes_no", "count", "read", "chart", "caption", "dialogue", "transcribe", "pair"),
     "two pictures": ("compare",),
+    "questioned picture": ("look", "tally"),
+    "questioned pictures": ("contrast",),
     "document": ("interleaved",),
     "receipt": ("receipt_steps", "receipt_direct"),
     "banner": ("tiles",),
@@ -60,7 +66,7 @@ def size_of(task: str) -> str:
 
 
 class NanoDataset(IterableDataset):
-    """Rows `{"messages": [...]}`, `batch_size` of one size after each other.
+    """Rows `{"messages": [...], "things": ...}`, `batch_size` of one size after each other.
 
     `TrainingArguments` need `accelerator_config={"dispatch_batches": False}`: what accelerate does with streams by
     default cuts every tensor of a batch to the number of rows, tiles included.
@@ -108,7 +114,7 @@ class NanoDataset(IterableDataset):
             window, slot = divmod(number // streams, WINDOW)
             if window != drawn:
                 drawn, batches = window, self.window(window * streams + number % streams)
-            yield from ({"messages": episode.messages} for episode in batches[slot])
+            yield from ({"messages": episode.messages, "things": episode.things} for episode in batches[slot])
             number += streams
 
     def window(self, number: int) -> list[list[Episode]]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from drawing import Thing
+
 Block = dict[str, Any]
 Message = dict[str, Any]
 
@@ -33,11 +35,13 @@ class Episode:
         task: name of the task.
         turns: the last one is what the test asks; those before it are part of the conversation.
         media: blocks of every turn that stand before its question, as many as there are turns.
+        things: what is drawn in every picture, where that is known: a label for training, see `grounding.py`.
     """
 
     task: str
     turns: tuple[Turn, ...]
     media: tuple[tuple[Block, ...], ...] = field(default=())
+    things: tuple[tuple[Thing, ...], ...] = field(default=())
 
     def __post_init__(self) -> None:
         if len(self.media) < len(self.turns):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from answering import score
+from grounding import GroundedTraining
 from recipe import Stage
 from tower import TowerPretraining
 from transformers import TrainerCallback
@@ -32,9 +33,18 @@ class Monitor(TrainerCallback):
         self.rows_per_step, self.every, self.samples = rows_per_step, every, samples
         self.started = time.monotonic()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if logs and "loss" in logs:
-            self._write(state, {name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs})
+            values = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+            self._write(state, values | getattr(model, "parts", {}))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
@@ -48,8 +58,9 @@ class Monitor(TrainerCallback):
             if isinstance(model, TowerPretraining):
                 found = model.accuracies()
             else:
+                answering = model.model if isinstance(model, GroundedTraining) else model
                 found = {
-                    trial: score(model, self.processor, trial, self.samples, split="validation").accuracy
+                    trial: score(answering, self.processor, trial, self.samples, split="validation").accuracy
                     for trial in self.stage.watched
                 }
         model.train(was_training)

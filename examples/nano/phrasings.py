@@ -1,6 +1,8 @@
 """How questions are asked: for every kind the trained phrasings, and those that only the test uses.
 
-The words of a held-out phrasing all stand in trained ones; their combination is new.
+The words of a held-out phrasing all stand in trained ones; their combination is new. The test's other half and the
+validation split use `TRAINED`; training uses `MORE` too: with six phrasings of a kind or fewer the model learned these
+by heart, and of others it knew half as often what was asked.
 """
 
 import random
@@ -136,6 +138,183 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "describe": ("Describe the picture.", "What is in the picture? Name all.", "Tell me all you see."),
 }
 
+MORE: dict[str, tuple[str, ...]] = {
+    "name": (
+        "What does the picture show?",
+        "Tell me what you see.",
+        "Name what is shown.",
+        "Which thing do you see here?",
+        "Name the thing you see.",
+        "Tell me which thing you see.",
+        "Which thing is in the picture?",
+        "Name what is in the picture.",
+        "Tell me what is in the picture.",
+        "In the picture, what do you see?",
+    ),
+    "colour": (
+        "Which colour is the {shape}?",
+        "What colour does the {shape} have?",
+        "Tell me what colour the {shape} has.",
+        "Tell me the colour the {shape} has.",
+        "In the picture, what colour is the {shape}?",
+        "In the picture, which colour does the {shape} have?",
+        "The {shape} is which colour?",
+        "The colour of the {shape}?",
+        "Name the colour the {shape} has.",
+    ),
+    "shape": (
+        "Which shape is the {colour} thing?",
+        "What shape does the {colour} thing have?",
+        "Tell me what shape the {colour} thing has.",
+        "Tell me the shape the {colour} thing has.",
+        "In the picture, what shape is the {colour} thing?",
+        "In the picture, which shape does the {colour} thing have?",
+        "The {colour} thing is which shape?",
+        "The shape of the {colour} thing?",
+        "Name the shape the {colour} thing has.",
+    ),
+    "presence": (
+        "Is there a {thing} here?",
+        "Do you see a {thing} here?",
+        "Do you see a {thing} in the picture?",
+        "Can you see a {thing}?",
+        "In the picture, is there a {thing}?",
+        "In the picture, can you see a {thing}?",
+        "Tell me if there is a {thing}.",
+        "Tell me, do you see a {thing}?",
+        "Tell me, is a {thing} in the picture?",
+    ),
+    "position": (
+        "In the picture, do you see the {first} {relation} the {second}?",
+        "Tell me if the {first} is {relation} the {second}.",
+        "Is the {first} {relation} the {second} in the picture?",
+        "Is the {first} {relation} the {second} here?",
+        "Here, is the {first} {relation} the {second}?",
+        "Tell me, do you see the {first} {relation} the {second}?",
+        "Tell me, can you see the {first} {relation} the {second}?",
+    ),
+    "count": (
+        "How many {things} are in the picture?",
+        "How many {things} are here?",
+        "Tell me the number of {things}.",
+        "Count the {things} in the picture.",
+        "What number of {things} do you see?",
+        "In the picture, how many {things} are there?",
+        "How many {things} can you count?",
+        "Tell me how many {things} you see.",
+        "The number of {things}?",
+    ),
+    "read": (
+        "Read what it says.",
+        "Tell me what it says.",
+        "What is the text?",
+        "Read the text in the picture.",
+        "What is written in the picture?",
+        "Which text is printed here?",
+        "Which text do you see in the picture?",
+        "Tell me the text.",
+        "Read what is written.",
+        "Tell me what is printed here.",
+    ),
+    "more": (
+        "Does the first or the second picture have more {things}?",
+        "Which picture has more {things}?",
+        "Where are more {things}?",
+        "Which picture shows more {things}, the first or the second?",
+        "Tell me where more {things} are.",
+        "Do you see more {things} in the first or the second picture?",
+        "Can you see more {things} in the first or the second picture?",
+        "Tell me which picture shows more {things}, the first or the second.",
+    ),
+    "which": (
+        "Does the first or the second picture have a {thing}?",
+        "Which picture has a {thing}?",
+        "Where is a {thing}?",
+        "Which picture shows a {thing}, the first or the second?",
+        "Tell me where a {thing} is.",
+        "Do you see a {thing} in the first or the second picture?",
+        "Can you see a {thing} in the first or the second picture?",
+        "Tell me which picture shows a {thing}, the first or the second.",
+    ),
+    "direction": (
+        "Which way does the {thing} go, {one} or {other}?",
+        "Does the {thing} go {one} or {other}?",
+        "Tell me where the {thing} moves, {one} or {other}.",
+        "Tell me if the {thing} goes {one} or {other}.",
+    ),
+    "order": (
+        "What comes first, the {one} or the {other}?",
+        "Which is first, the {one} or the {other}?",
+        "Do you see the {one} or the {other} first?",
+        "Tell me which you see first, the {one} or the {other}.",
+        "Tell me what comes first, the {one} or the {other}.",
+        "Is the {one} or the {other} first?",
+    ),
+    "flashes": (
+        "How many times do you see a flash?",
+        "Tell me how many flashes you see.",
+        "Count how many times the lamp flashes.",
+        "Tell me how many flashes there are.",
+        "What is the number of times the lamp flashes?",
+        "How many flashes does the lamp have?",
+    ),
+    "steps": (
+        "What is the total? Go step by step.",
+        "Tell me the total step by step.",
+        "Write the steps to the total.",
+        "How much is it in total? Write all steps.",
+        "Add the prices with all steps.",
+        "Tell me how much it is. Write the steps.",
+        "Go step by step to the total.",
+        "Write how much it is with all steps.",
+    ),
+    "total": ("How much is it?", "Tell me the total. Only the number.", "How much is it in total? Only the number."),
+    "price": ("How much is the {goods} here?", "Tell me how much the {goods} is.", "The price of the {goods}?"),
+    "tallest": (
+        "Tell me which bar is the tallest.",
+        "What is the colour of the tallest bar?",
+        "Tell me what colour the tallest bar has.",
+        "Which colour is the tallest bar?",
+        "The tallest bar is which colour?",
+    ),
+    "smallest": (
+        "Tell me which bar is the smallest.",
+        "What is the colour of the smallest bar?",
+        "Tell me what colour the smallest bar has.",
+        "Which colour is the smallest bar?",
+        "The smallest bar is which colour?",
+    ),
+    "names": (
+        "Names: {names}. What is this?",
+        "The names are {names}. Which name does this have?",
+        "Names: {names}. Tell me which name this has.",
+        "Names: {names}. Name this.",
+    ),
+    "again": ("And what is this?", "Tell me which name this has.", "And which name does this have?"),
+    "sum": (
+        "How much are {a} and {b}?",
+        "Tell me {a} + {b}.",
+        "What is {a} and {b} in total?",
+        "Tell me what {a} + {b} is.",
+        "How much is the total of {a} and {b}?",
+    ),
+    "larger": (
+        "Which number is more, {a} or {b}?",
+        "Tell me what is more, {a} or {b}.",
+        "Name what is more, {a} or {b}.",
+    ),
+    "copy": ("Write what it says: {text}.", "Tell me the text {text}.", "Say what is written: {text}."),
+    "after": ("What is after {item}?", "Tell me which comes after {item}.", "Name which comes after {item}."),
+    "opposite": ("Tell me what is the opposite of {item}.", "Which is the opposite of {item}?"),
+    "lookup": (
+        "{facts} How much is {key} here?",
+        "{facts} Tell me what {key} is.",
+        "{facts} Which number is {key}?",
+        "{facts} Tell me which number {key} has.",
+    ),
+    "describe": ("Tell me what you see. Name all.", "Name all things in the picture.", "What do you see? Name all."),
+}
+
 HELD_OUT: dict[str, tuple[str, ...]] = {
     "name": ("Tell me which thing is in the picture.", "Name what you see here."),
     "colour": ("Tell me the colour of the {shape}.", "In the picture, which colour is the {shape}?"),
@@ -169,6 +348,8 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
 
 def ask(rng: random.Random, split: Split, kind: str, **fields: object) -> str:
     """A question of a kind; in the test half of them in a phrasing that was never trained on."""
+    if split == "train":
+        return rng.choice(TRAINED[kind] + MORE[kind]).format(**fields)
     held_out = split == "test" and kind in HELD_OUT and rng.random() < 0.5
     return rng.choice((HELD_OUT if held_out else TRAINED)[kind]).format(**fields)
 

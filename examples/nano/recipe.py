@@ -6,8 +6,9 @@ random weights, so that
 
 - a stage before the first makes a tower, by labelling what is drawn where, see `tower.py`;
 - another one makes a language model, of text alone;
-- the last one leaves the tower as it is: trained further at the rate that the rest needs it forgets letters (after
-  9,000 conversations 22 % of the printed strings were read, 45 % otherwise), and a step takes twice the time.
+- instructions leave the tower as it is: trained further at the rate that the rest needs it forgets letters (after
+  9,000 conversations 22 % of the printed strings were read, 45 % otherwise), and a step takes twice the time;
+- one behind the last practises, with labels for words, see `practice.py` and `grounding.py`.
 """
 
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ class Stage:
         share: of the time, where a time is given instead.
         watched: trials whose accuracy is measured on the validation split meanwhile.
         batch_size: rows of a device batch; `ACCUMULATION` of them are a step.
+        grounded: whether words are labelled too, see `grounding.py`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Stage:
     share: float
     watched: tuple[str, ...]
     batch_size: int = 16
+    grounded: bool = False
 
 
 TEXT = {"text": 1.0}
@@ -72,11 +75,37 @@ INSTRUCTIONS = {
     "flashes": 0.4,
     "text": 1.5,
 }
+PRACTICE = {
+    "look": 3.0,
+    "tally": 1.2,
+    "contrast": 1.5,
+    "fewshot": 2.5,
+    "naming": 0.5,
+    "yes_no": 0.5,
+    "count": 0.3,
+    "compare": 0.4,
+    "read": 0.6,
+    "transcribe": 0.6,
+    "dialogue": 0.2,
+    "chart": 0.2,
+    "tiles": 0.5,
+    "receipt_steps": 0.5,
+    "receipt_direct": 0.1,
+    "direction": 0.1,
+    "order": 0.2,
+    "flashes": 0.1,
+    "text": 0.8,
+}
 SEEN = ("naming", "yes_no", "count", "read")
 
+ANSWERED = (
+    *SEEN,
+    *("compare", "tiles_on", "direction", "order", "flashes", "receipt_steps", "fewshot_4", "text"),
+)
+
 STAGES = (
-    Stage("tower", ("vision_tower",), {}, 3e-3, "cosine", 500_000, 0.45, (), batch_size=32),
-    Stage("language", ("language_model",), TEXT, 2e-3, "cosine", 15_000, 0.04, ("text",)),
+    Stage("tower", ("vision_tower",), {}, 3e-3, "cosine", 500_000, 0.35, (), batch_size=32),
+    Stage("language", ("language_model",), TEXT, 2e-3, "cosine", 15_000, 0.03, ("text",)),
     Stage("align", ("projector",), {"caption": 1.0}, 1e-3, "cosine", 6_000, 0.01, ("naming", "read")),
     Stage(
         "pretrain",
@@ -85,19 +114,11 @@ STAGES = (
         2e-3,
         "constant_with_warmup",
         60_000,
-        0.16,
+        0.12,
         (*SEEN, "fewshot_4", "text"),
     ),
-    Stage(
-        "sft",
-        BEHIND_TOWER,
-        INSTRUCTIONS,
-        2e-3,
-        "cosine",
-        120_000,
-        0.34,
-        (*SEEN, "compare", "tiles_on", "direction", "order", "flashes", "receipt_steps", "fewshot_4", "text"),
-    ),
+    Stage("sft", BEHIND_TOWER, INSTRUCTIONS, 2e-3, "cosine", 120_000, 0.22, ANSWERED),
+    Stage("practice", BEHIND_TOWER, PRACTICE, 1.5e-3, "cosine", 100_000, 0.27, ANSWERED, grounded=True),
 )
 
 WARMUP_RATIO, WEIGHT_DECAY, BETA2, MAX_GRAD_NORM = 0.03, 0.02, 0.98, 1.0
@@ -119,7 +140,7 @@ def recipe(
     for stage in STAGES:
         if pairs and stage.name == "pretrain":
             stage = replace(stage, mixture=PAIRS)
-        if stage.name in ("pretrain", "sft"):
+        if stage.name in ("pretrain", "sft", "practice"):
             if frozen_language_model:
                 stage = replace(stage, tuned=tuple(part for part in stage.tuned if part != "language_model"))
             if not text:

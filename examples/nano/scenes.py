@@ -99,7 +99,7 @@ def describe_turn(rng: random.Random, scene: list[Thing]) -> Turn:
 
 
 def scene_episode(task: str, turns: list[Turn], rng: random.Random, scene: list[Thing]) -> Episode:
-    return Episode(task, tuple(turns), ((image_block(draw_things(rng, scene)),),))
+    return Episode(task, tuple(turns), ((image_block(draw_things(rng, scene)),),), (tuple(scene),))
 
 
 def naming(rng: random.Random, split: Split) -> Episode:
@@ -222,7 +222,7 @@ def compare_presence(rng: random.Random, split: Split) -> Episode:
 
 def two_pictures(rng: random.Random, turn: Turn, scenes: list[list[Thing]]) -> Episode:
     blocks = tuple(image_block(draw_things(rng, scene)) for scene in scenes)
-    return Episode("compare", (turn,), (blocks,))
+    return Episode("compare", (turn,), (blocks,), tuple(map(tuple, scenes)))
 
 
 def plural(shape: str) -> str:

@@ -9,7 +9,6 @@ import random
 from drawing import SIDE, Thing, draw_things
 from episodes import Episode, Turn, image_block
 from phrasings import ask, is_held_out
-from PIL import Image
 from vocabulary import HELD_OUT_PAIRS, Split, draw_names, draw_pair
 
 KINDS = 4
@@ -24,17 +23,16 @@ def draw_kinds(rng: random.Random, split: Split) -> list[tuple[str, str]]:
     return list(pairs)
 
 
-def draw_one(rng: random.Random, pair: tuple[str, str]) -> Image.Image:
+def place_one(rng: random.Random, pair: tuple[str, str]) -> Thing:
     """A thing of that kind, in any place and size."""
     radius = rng.uniform(14, 30)
-    x, y = rng.uniform(radius, SIDE - radius), rng.uniform(radius, SIDE - radius)
-    return draw_things(rng, [Thing(*pair, x, y, radius)])
+    return Thing(*pair, rng.uniform(radius, SIDE - radius), rng.uniform(radius, SIDE - radius), radius)
 
 
 def episode(rng: random.Random, split: Split, shown: list[int]) -> Episode:
     """A conversation about one picture per entry of `shown`, each the number of a kind."""
     kinds, names = draw_kinds(rng, split), draw_names(rng, split, KINDS)
-    turns, media = [], []
+    turns, media, things = [], [], []
     listed = ", ".join(rng.sample(names, KINDS))
     for number, kind in enumerate(shown):
         key, fields = ("again", {}) if number else ("names", {"names": listed})
@@ -43,8 +41,9 @@ def episode(rng: random.Random, split: Split, shown: list[int]) -> Episode:
         held_out += ("pair",) if split == "test" and kinds[kind] in HELD_OUT_PAIRS else ()
         held_out += ("phrasing",) if is_held_out(key, question, **fields) else ()
         turns.append(Turn(question, names[kind], "words", 1 / KINDS, held_out))
-        media.append((image_block(draw_one(rng, kinds[kind])),))
-    return Episode("fewshot", tuple(turns), tuple(media))
+        things.append((place_one(rng, kinds[kind]),))
+        media.append((image_block(draw_things(rng, things[-1])),))
+    return Episode("fewshot", tuple(turns), tuple(media), tuple(things))
 
 
 def few_shot(rng: random.Random, split: Split, shots: int) -> Episode:

@@ -19,6 +19,7 @@ import recipe
 import torch
 from build import save
 from dataset import NanoDataset, size_of
+from grounding import GroundedTraining, GroundingCollator
 from monitoring import LOG, Monitor
 from optimizer import MuonAdamW
 from recipe import Stage
@@ -125,8 +126,10 @@ def materials(stage: Stage, model: Any, processor: Any, seed: int, start: int) -
     if not stage.mixture:
         data = LabelledPictures(build.PATCH, stage.batch_size, seed, start)
         return TowerPretraining(model.model.vision_tower), default_collate, data
-    data = NanoDataset(stage.mixture, stage.batch_size, seed, start)
-    return train_only(model, stage.tuned), VilaDataCollator(processor), data
+    data, tuned = NanoDataset(stage.mixture, stage.batch_size, seed, start), train_only(model, stage.tuned)
+    if stage.grounded:
+        return GroundedTraining(tuned), GroundingCollator(processor), data
+    return tuned, VilaDataCollator(processor), data
 
 
 def run_stage(stage: Stage, start: Path, folder: Path, options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from drawn_scenes import SIDE, draw_picture, draw_scene
+from drawn_scenes import SIDE, around, draw_picture, draw_scene, label_patches
 from streams import row_numbers
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -43,23 +43,14 @@ class LabelledScenes(IterableDataset):
         """`pixel_values`, `(3, SIDE, SIDE)` in -1 to 1, `things`, `(SIDE, SIDE)`, and `labels`, `(2, patches)`."""
         scene = draw_scene(rng, self.split)
         pixels = np.asarray(draw_picture(rng, scene)).transpose(2, 0, 1).astype(np.float32)
-        centres = (np.arange(SIDE // self.patch) + 0.5) * self.patch
-        labels, things = np.zeros((2, len(centres), len(centres)), np.int64), np.zeros((SIDE, SIDE), np.float32)
+        things = np.zeros((SIDE, SIDE), np.float32)
         for thing in scene.things:
-            labels[:, around(centres, thing)] = np.array(
-                [[SHAPES.index(thing.shape) + 1], [list(COLOURS).index(thing.colour) + 1]]
-            )
             things[around(np.arange(SIDE) + 0.5, thing)] = 1
         return {
             "pixel_values": torch.from_numpy(pixels / 127.5 - 1),
             "things": torch.from_numpy(things),
-            "labels": torch.from_numpy(labels).flatten(1),
+            "labels": torch.from_numpy(label_patches(scene, self.patch)),
         }
-
-
-def around(centres: np.ndarray, thing: Any) -> np.ndarray:
-    """Which points of a grid lie in the circle around a thing."""
-    return (centres[None, :] - thing.x) ** 2 + (centres[:, None] - thing.y) ** 2 < thing.radius**2
 
 
 class CodesTraining(nn.Module):

@@ -1,0 +1,150 @@
+"""Labels for words: what a language model should know, halfway, about a thing where a text names it.
+
+Linear heads read the states behind half of its layers. Where a thing is named they say its place in the picture, and
+how many of its kind are in this picture, or in each of two; where an answer begins, what the picture just shown is of.
+From the answers alone the model learned these steps late or never: a yes or no about two positions, or the made-up
+name of what an earlier picture showed, needs all of them at once. The heads are thrown away.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from drawing import SIDE, Thing
+from scenes import MAX_COUNT, plural
+from torch import nn
+from vila.training_vila import IGNORED, VilaDataCollator
+from vocabulary import COLOURS, SHAPES
+
+BINS = 8  # per side of a picture
+# number of classes of every kind of label: 0 of a place or of a first thing stands for none, or for several
+KINDS = {
+    "x": BINS + 1,
+    "y": BINS + 1,
+    "count": MAX_COUNT + 1,
+    "second count": MAX_COUNT + 1,
+    "shape": len(SHAPES) + 1,
+    "colour": len(COLOURS) + 1,
+}
+GROUNDING_WEIGHT = 0.3
+
+
+def bin_of(along: float) -> int:
+    return 1 + min(BINS - 1, max(0, int(along * BINS / SIDE)))
+
+
+def labels_of_mention(matching: Sequence[Sequence[Thing]]) -> tuple[int, ...]:
+    """Args: matching: of the things in the last picture, or in the last two, those that are named."""
+    place = (IGNORED, IGNORED)
+    if len(matching) == 1:
+        (own,) = matching
+        place = (bin_of(own[0].x), bin_of(own[0].y)) if len(own) == 1 else (0, 0)
+    counts = [min(MAX_COUNT, len(own)) for own in matching]
+    return (*place, counts[0], counts[1] if len(counts) > 1 else IGNORED, IGNORED, IGNORED)
+
+
+def labels_of_answer(shown: Sequence[Thing]) -> tuple[int, ...]:
+    """Args: shown: the things in the last picture."""
+    if len(shown) != 1:
+        return (IGNORED,) * len(KINDS)
+    (thing,) = shown
+    named = SHAPES.index(thing.shape) + 1, list(COLOURS).index(thing.colour) + 1
+    return (bin_of(thing.x), bin_of(thing.y), IGNORED, IGNORED, *named)
+
+
+class GroundingCollator:
+    """Rows of `NanoDataset` -> a batch of `VilaDataCollator` and `grounding`, `(batch, sequence, kinds)`."""
+
+    def __init__(self, processor: Any):
+        self.collator = VilaDataCollator(processor)
+        self.tokenizer = processor.tokenizer
+        self.image, self.tokens_per_picture = processor.image_token_id, processor.num_tile_tokens
+        self.turn_start = self.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        (self.thing,) = self.tokenizer(" thing", add_special_tokens=False)["input_ids"]
+        self.shapes = self.ids_of({shape: (shape, plural(shape)) for shape in SHAPES})
+        self.colours = self.ids_of({colour: (colour,) for colour in COLOURS})
+
+    def ids_of(self, words: dict[str, tuple[str, ...]]) -> dict[int, str]:
+        """Names by the tokens of their words, with and without a blank, where these are one token."""
+        found = {}
+        for name, forms in words.items():
+            for text in (form for word in forms for form in (word, f" {word}")):
+                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                if len(ids) == 1:
+                    found[ids[0]] = name
+        return found
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.collator([{"messages": row["messages"]} for row in rows])
+        batch["grounding"] = torch.full((*batch["input_ids"].shape, len(KINDS)), IGNORED)
+        for number, row in enumerate(rows):
+            if row["things"]:
+                ids, labels = batch["input_ids"][number].tolist(), batch["labels"][number].tolist()
+                found = dict(self.find(ids, labels, row["things"]))
+                batch["grounding"][number, list(found)] = torch.tensor(list(found.values()))
+        return batch
+
+    def find(
+        self, ids: list[int], labels: list[int], things: Sequence[Sequence[Thing]]
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Positions in a row whose every picture is one tile, and their labels."""
+        tokens, shown, is_new_turn = 0, list[Sequence[Thing]](), True
+        for place, own in enumerate(ids):
+            before = ids[place - 1] if place else None
+            if own == self.turn_start:
+                is_new_turn = True
+            elif own == self.image:
+                shown, is_new_turn = [] if is_new_turn else shown, False
+                tokens += 1
+                if tokens % self.tokens_per_picture == 0:
+                    shown.append(things[tokens // self.tokens_per_picture - 1])
+            elif not shown:
+                continue
+            elif own in self.shapes or (own == self.thing and before in self.colours):
+                shape, colour = self.shapes.get(own), self.colours.get(before)
+                yield place, labels_of_mention([matching(picture, shape, colour) for picture in shown])
+            elif labels[place] == IGNORED and labels[place + 1 : place + 2] not in ([], [IGNORED]):
+                yield place, labels_of_answer(shown[-1])
+
+
+def matching(things: Sequence[Thing], shape: str | None, colour: str | None) -> list[Thing]:
+    """Things of that shape and that colour; None stands for any."""
+    return [t for t in things if shape in (None, t.shape) and colour in (None, t.colour)]
+
+
+class GroundedTraining(nn.Module):
+    """A VILA whose weights are changed in place."""
+
+    # the loss is a sum of means: `Trainer` must not divide it by the number of all labels
+    accepts_loss_kwargs = False
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.parts: dict[str, float] = {}
+        config = model.config.text_config
+        width, self.halfway = config.hidden_size, config.num_hidden_layers // 2
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(KINDS.values())))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without the second name of the tied embeddings, with which safetensors would not be written."""
+        state = super().state_dict(*args, **kwargs)
+        state.pop("model.lm_head.weight", None)
+        return state
+
+    def forward(self, grounding: torch.Tensor, **inputs: Any) -> dict[str, Any]:
+        """Args: grounding: `(batch, sequence, kinds)`, numbers of classes or -100."""
+        output = self.model(**inputs, output_hidden_states=True)
+        is_labelled = (grounding != IGNORED).any(-1)
+        grounded = output.loss.new_zeros(())
+        if is_labelled.any():
+            logits = self.head(output.hidden_states[self.halfway][is_labelled]).float().split(list(KINDS.values()), -1)
+            losses = [
+                F.cross_entropy(own, wanted, ignore_index=IGNORED)
+                for own, wanted in zip(logits, grounding[is_labelled].unbind(-1))
+                if (wanted != IGNORED).any()
+            ]
+            grounded = torch.stack(losses).sum()
+        self.parts = {"answer": output.loss.item(), "grounding": grounded.item()}
+        return {"loss": output.loss + GROUNDING_WEIGHT * grounded}
