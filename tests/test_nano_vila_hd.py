@@ -196,6 +196,15 @@ def test_rows_are_the_same_wherever_one_starts():
     assert first[2].turns == later.turns and torch.equal(first[2].pixels, later.pixels)
 
 
+def test_what_is_saved_is_all_that_a_stopped_stage_needs(model):
+    """Tied weights have one name in the file, and are found by both."""
+    trainee = looking_training.LookingTraining(model)
+    state = trainee.state_dict()
+    assert len({weight.data_ptr() for weight in state.values()}) == len(state)
+    found = trainee.load_state_dict(state, strict=False)
+    assert not found.missing_keys and not found.unexpected_keys
+
+
 @pytest.mark.parametrize("is_shown", [True, False])
 def test_the_losses_reach_everything_but_the_encoder(model, processor, is_shown):
     trainee = looking_training.LookingTraining(model)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from drawing import SIDE, Thing
+from running import Trainee
 from scenes import MAX_COUNT, plural
 from torch import nn
 from vila.training_vila import IGNORED, VilaDataCollator
@@ -113,25 +114,14 @@ def matching(things: Sequence[Thing], shape: str | None, colour: str | None) -> 
     return [t for t in things if shape in (None, t.shape) and colour in (None, t.colour)]
 
 
-class GroundedTraining(nn.Module):
-    """A VILA whose weights are changed in place."""
-
-    # the loss is a sum of means: `Trainer` must not divide it by the number of all labels
-    accepts_loss_kwargs = False
+class GroundedTraining(Trainee):
+    """Answers, and labels for words."""
 
     def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-        self.parts: dict[str, float] = {}
+        super().__init__(model)
         config = model.config.text_config
         width, self.halfway = config.hidden_size, config.num_hidden_layers // 2
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(KINDS.values())))
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without the second name of the tied embeddings, with which safetensors would not be written."""
-        state = super().state_dict(*args, **kwargs)
-        state.pop("model.lm_head.weight", None)
-        return state
 
     def forward(self, grounding: torch.Tensor, **inputs: Any) -> dict[str, Any]:
         """Args: grounding: `(batch, sequence, kinds)`, numbers of classes or -100."""

@@ -4,18 +4,46 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import recipe
 import torch
 from optimizer import MATRICES, MuonAdamW
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 SAVES = 20
 FINAL, LOG = "final", "log.jsonl"
+
+
+class Trainee(nn.Module):
+    """A model with what it is trained by and loses afterwards: heads, further losses. Its weights change in place.
+
+    Attributes:
+        parts: of the last batch's loss.
+    """
+
+    # the loss is a sum of means: `Trainer` must not divide it by the number of all labels
+    accepts_loss_kwargs = False
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.parts: dict[str, float] = {}
+        tied = model._tied_weights_keys if model.config.get_text_config().tie_word_embeddings else {}
+        self.second_names = {f"model.{name}": f"model.{source}" for name, source in tied.items()}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without second names of tied weights, with which safetensors would not be written."""
+        state = super().state_dict(*args, **kwargs)
+        return {name: weight for name, weight in state.items() if name not in self.second_names}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        again = {name: state_dict[source] for name, source in self.second_names.items() if source in state_dict}
+        return super().load_state_dict({**again, **state_dict}, strict, assign)
 
 
 def training_arguments(folder: Path, steps: int, **options: Any) -> TrainingArguments:

@@ -27,6 +27,7 @@ from build_hd import LOOK_CELLS, PATCH
 from canvases import CELLS, CODE_LENGTH, SIDE, Spot, cells_of, draw_canvas, question_of
 from encoder_training import CHARACTERS, COLOUR_NUMBERS, LARGE_KINDS, QUARTERS, Labels, patches_of, weighed_loss
 from episodes import image_block, text_block
+from running import Trainee
 from streams import row_numbers
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -207,13 +208,11 @@ def cell_map(cells: Sequence[int]) -> torch.Tensor:
     return flat.view(CELLS, CELLS)
 
 
-class LookingTraining(nn.Module):
+class LookingTraining(Trainee):
     """A VILA-HD whose weights but those of the encoder's blocks are changed in place."""
 
     def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-        self.parts: dict[str, float] = {}
+        super().__init__(model)
         # thrown away after training; always the same, so that a stage goes on with those of the one before
         generator = torch.Generator().manual_seed(0)
         width = model.config.vision_config.hidden_size
@@ -223,12 +222,6 @@ class LookingTraining(nn.Module):
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, names)) for _ in SPELLED
         )
         model.model.vision_tower.trunk.requires_grad_(False)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without the second name of the tied embeddings, with which safetensors would not be written."""
-        state = super().state_dict(*args, **kwargs)
-        state.pop("model.lm_head.weight", None)
-        return state
 
     def forward(
         self,

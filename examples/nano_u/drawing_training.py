@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from codes_training import KINDS
 from drawn_scenes import label_patches
+from running import Trainee
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vila.training_vila_u import VilaUDataCollator
@@ -35,16 +36,11 @@ class DrawingCollator:
         return batch
 
 
-class DrawingTraining(nn.Module):
-    """A VILA-U whose weights are changed in place."""
-
-    # the loss is a sum of means: `Trainer` must not divide it by the number of all labels
-    accepts_loss_kwargs = False
+class DrawingTraining(Trainee):
+    """Answers and codes, and names of patches."""
 
     def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-        self.parts: dict[str, float] = {}
+        super().__init__(model)
         config = model.config.text_config
         self.states = (-(-config.num_hidden_layers // 2), -1)  # halfway, and the last
         self.heads = nn.ModuleList(
