@@ -297,7 +297,7 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, VilaGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = head_logits(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             targets = labels.masked_fill(is_placeholder(labels, self.config), -100)
@@ -317,9 +317,22 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, VilaGenerationMixin):
         )
 
 
+def head_logits(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states, `(..., hidden_size) -> (..., vocabulary)`.
+
+    A CPU reads bfloat16 weights a fifth faster for two rows than for one, and a head's are the most that a new token
+    reads at once: one row is doubled.
+    """
+    is_one = hidden.numel() == hidden.shape[-1] and not (torch.is_grad_enabled() and hidden.requires_grad)
+    is_slow = type(head) is nn.Linear and hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16
+    if is_one and is_slow and not torch.compiler.is_compiling():
+        return head(hidden.reshape(1, -1).expand(2, -1))[:1].view(*hidden.shape[:-1], -1)
+    return head(hidden)
+
+
 def is_placeholder(ids: torch.Tensor, config: VilaConfig) -> torch.Tensor:
     """Mask of the ids that stand for media features."""
     return (ids == config.image_token_id) | (ids == config.video_token_id)
 
 
-__all__ = ["VilaForConditionalGeneration", "VilaModel", "VilaPreTrainedModel"]
+__all__ = ["VilaForConditionalGeneration", "VilaModel", "VilaPreTrainedModel", "head_logits"]

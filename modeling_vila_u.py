@@ -27,6 +27,7 @@ from .modeling_vila import (
     VilaForConditionalGeneration,
     VilaModel,
     VilaPreTrainedModel,
+    head_logits,
     is_placeholder,
 )
 from .weight_names_vila_u import register_weight_names_u, unused_names, with_module_names_u
@@ -233,7 +234,7 @@ class VilaUForConditionalGeneration(VilaUPreTrainedModel, VilaUGenerationMixin, 
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        logits = head_logits(self.lm_head, slice_logits_to_keep(hidden, logits_to_keep))
         text_loss = image_loss = loss = None
         if labels is not None:
             text_loss = self._text_loss(logits, labels)

@@ -175,11 +175,11 @@ class Int8Head(nn.Module):
 
     Args:
         head: the layer whose weights are rounded.
-        is_tied: whether they are the input embeddings', which are saved themselves.
+        is_tied: whether they are the input embeddings', which are saved themselves, see `Int8Embeddings`.
 
     Attributes:
         values: `(out_features, in_features)` int8.
-        scales: `(out_features,)` bfloat16.
+        scales: `(out_features,)`, in the head's dtype.
     """
 
     values: torch.Tensor
@@ -194,12 +194,12 @@ class Int8Head(nn.Module):
             [(rows / scale).round() for rows, scale in zip(weight.split(HEAD_ROWS), scales.split(HEAD_ROWS))]
         )
         self.register_buffer("values", values.to(torch.int8), persistent=False)
-        self.register_buffer("scales", scales.squeeze(1).to(torch.bfloat16), persistent=False)
+        self.register_buffer("scales", scales.squeeze(1).to(weight.dtype), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
-        """`(out_features, in_features)` bfloat16."""
-        return self.values.to(torch.bfloat16).mul_(self.scales.unsqueeze(1))
+        """`(out_features, in_features)`."""
+        return self.values.to(self.scales.dtype).mul_(self.scales.unsqueeze(1))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.numel() // self.in_features
@@ -214,6 +214,37 @@ class Int8Head(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.is_tied:
             destination[prefix + "weight"] = self.weight
+
+
+class Int8Embeddings(nn.Module):
+    """Input embeddings that an `Int8Head` shares: its rows, so that nothing is held twice."""
+
+    def __init__(self, head: Int8Head):
+        super().__init__()
+        self.head = head
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`(vocabulary, hidden_size)`."""
+        return self.head.weight
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        scales = F.embedding(input_ids, self.head.scales.unsqueeze(1))
+        return F.embedding(input_ids, self.head.values).to(scales.dtype).mul_(scales)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+
+def round_head(model: PreTrainedModel) -> None:
+    """Puts an `Int8Head` in the place of the output head, and of the input embeddings if it shares their weights."""
+    head: Any = model.get_output_embeddings()
+    is_tied = head.weight is model.get_input_embeddings().weight
+    rounded = Int8Head(head, is_tied)
+    model.set_output_embeddings(rounded)
+    if is_tied:
+        model.set_input_embeddings(Int8Embeddings(rounded))
 
 
 def power_of_two_scales(weight: torch.Tensor) -> torch.Tensor:
@@ -282,12 +313,20 @@ class VilaAwqQuantizer(HfQuantizer):
                 model.set_submodule(name, layer)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        head: Any = model.get_output_embeddings()
-        if self.quantization_config.head_bits == 8 and type(head) is nn.Linear:
-            is_tied = head.weight is model.get_input_embeddings().weight
-            model.set_output_embeddings(Int8Head(head, is_tied))
+        if self.quantization_config.head_bits == 8 and type(model.get_output_embeddings()) is nn.Linear:
+            round_head(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        head: Any = model.get_output_embeddings()
+        if isinstance(head, Int8Head):
+            weight = nn.Parameter(head.weight.to(dtype or torch.float32))
+            plain = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+            plain.weight = weight
+            model.set_output_embeddings(plain)
+            if head.is_tied:
+                embeddings = nn.Embedding(*weight.shape, device="meta")
+                embeddings.weight = weight
+                model.set_input_embeddings(embeddings)
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Int4Linear)]
         for name, layer in layers:
             weight = layer.dequantize(dtype or torch.float32).t().contiguous()
@@ -324,4 +363,13 @@ def own_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-__all__ = ["Int4Linear", "Int8Head", "VilaAwqConfig", "VilaAwqQuantizer", "own_quantization", "register_quantization"]
+__all__ = [
+    "Int4Linear",
+    "Int8Embeddings",
+    "Int8Head",
+    "VilaAwqConfig",
+    "VilaAwqQuantizer",
+    "own_quantization",
+    "register_quantization",
+    "round_head",
+]

@@ -171,7 +171,7 @@ class SequenceParallel:
             What the model takes as `mm_encoder_outputs`; every `pooler_output` holds one `(rows, hidden_size)`.
         """
         encoder = self.model.model
-        dtype: Any = self.model.get_input_embeddings().weight.dtype
+        dtype: Any = self.model.dtype
         parts: list[torch.Tensor] = []
         for modality, (values, grid) in MEDIA_INPUTS.items():
             if pixels.get(values) is not None:

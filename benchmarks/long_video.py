@@ -3,8 +3,8 @@
 - A video goes from its file to the first token, streamed and in chunks: seconds of decoding, encoding and prefilling,
   and the peak of resident memory, each number of frames in a process of its own; growth against linear, and against
   what `vila-memory` computes. The same at once, for the smaller numbers.
-- A text that fills a context of so many tokens (`--context 1048576`), through one layer of one narrow head: seconds, and
-  the peak against what `vila-memory` computes.
+- A text that fills a context of so many tokens (`--context 1048576`), through one layer of one narrow head: seconds,
+  and the peak against what `vila-memory` computes.
 - Time to the first token of a chat's next turn, with a history in the cache, against a bare forward of the same tokens
   on an equally long ready cache, and against prefilling all again. Interleaved; ratios are medians of pairs.
 

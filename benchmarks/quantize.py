@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from vila import VilaConfig, VilaForConditionalGeneration, VilaImageProcessor, VilaProcessor
 from vila.families_vila import VILA
 from vila.packed_linear_vila import pack_linears
-from vila.quantization_vila import Int4Linear, Int8Head
+from vila.quantization_vila import Int4Linear, Int8Head, round_head
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "nano"))
 from build import build_tokenizer
@@ -97,7 +97,7 @@ def load(variant: str, folder: Path, device: str = "cpu") -> Any:
     source = folder / ("source" if variant == "bfloat16" else "int4")
     model = VilaForConditionalGeneration.from_pretrained(source, dtype="bfloat16").eval()
     if variant.endswith("int8 head"):
-        model.set_output_embeddings(Int8Head(model.lm_head, is_tied=model.config.tie_word_embeddings))
+        round_head(model)
     elif variant.endswith("packed head"):
         pack_linears(model)
     return model.to(device)

@@ -12,7 +12,7 @@ import torch
 
 from ..families_vila import FAMILIES
 from ..loading_vila import Checkpoint, check_device
-from ..quantization_vila import Int8Head
+from ..quantization_vila import round_head
 from .calibration import calibration_chats
 from .gptq import import_quantizer
 from .layers import check_layers, collect_samples, quantize_layers
@@ -99,7 +99,7 @@ def write(model: Any, processor: Any, options: Options, target: Path, report: di
     """Writes everything that belongs to a checkpoint; the files appear in the target when all are complete."""
     model.to(getattr(torch, options.dtype))
     if options.head_bits == 8:
-        model.set_output_embeddings(Int8Head(model.lm_head, is_tied=model.config.tie_word_embeddings))
+        round_head(model)
     model.config.quantization_config = options.config()
     with tempfile.TemporaryDirectory(dir=target) as staging:
         model.save_pretrained(staging)

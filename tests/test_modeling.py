@@ -19,6 +19,7 @@ from tiny_models import (
 from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vila.attention_vila import default_attention
+from vila.modeling_vila import head_logits
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +218,22 @@ def test_outputs_come_as_a_tuple_where_asked_for():
     assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
     (features,) = model.get_image_features(pixels(1), return_dict=False)
     close(features[0], model.get_image_features(pixels(1)).pooler_output[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (1, 64), (64,), (2, 1, 64), (1, 3, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_head_reads_one_row_as_it_reads_several(shape, dtype):
+    torch.manual_seed(0)
+    head, seen = torch.nn.Linear(64, 40, bias=False, dtype=dtype), []
+    head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].numel() // 64))
+    hidden = torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        found = head_logits(head, hidden)
+    exact = hidden.float() @ head.weight.float().t()
+    assert found.shape == (*shape[:-1], 40) and found.dtype == dtype
+    torch.testing.assert_close(found.float(), exact, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+    rows = hidden.numel() // 64
+    assert seen == [2 if rows == 1 and dtype == torch.bfloat16 else rows]
+    learned = hidden.clone().requires_grad_(True)
+    head_logits(head, learned).sum().backward()
+    torch.testing.assert_close(learned.grad, head.weight.sum(0).expand(shape), atol=1e-2, rtol=1e-2)

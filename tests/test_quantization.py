@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLayer, Qwen2RotaryEmbedding
 from vila import VilaForConditionalGeneration
-from vila.quantization_vila import Int4Linear, Int8Head, pack_int4, power_of_two_scales, unpack_int4
+from vila.quantization_vila import Int4Linear, Int8Embeddings, Int8Head, pack_int4, power_of_two_scales, unpack_int4
 from vila.quantize import Options, quantize
 from vila.quantize.calibration import calibration_chats, has_media
 from vila.quantize.command import main
@@ -585,10 +585,33 @@ def test_calibration_data_of_ones_own(source, processor, tmp_path):
     main([str(source), str(tmp_path / "out"), *options, "--max-tokens", "50", "--head-bits", "8"])
     model = load(tmp_path / "out")
     assert type(model.lm_head).__name__ == "Int8Head" and model.lm_head.is_tied
+    embeddings = model.get_input_embeddings()
+    assert embeddings.head is model.lm_head and type(embeddings).__name__ == "Int8Embeddings"
     model(ids())
     model.save_pretrained(tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "again")(ids()).logits, model(ids()).logits)
+        # one weight, in eight bits, for both: an ordinary model of these rounded weights says the same
+        precise = load(tmp_path / "out", "float32")
+        expected = precise(ids()).logits
+        dense = precise.dequantize()
+        assert type(dense.lm_head) is nn.Linear and dense.lm_head.weight is dense.get_input_embeddings().weight
+        assert torch.allclose(dense(ids()).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_embeddings_that_share_an_int8_head_are_its_rows(dtype):
+    torch.manual_seed(0)
+    table = nn.Embedding(50, 64, dtype=dtype)
+    head = nn.Linear(64, 50, bias=False, dtype=dtype)
+    head.weight = table.weight
+    rounded = Int8Head(head, is_tied=True)
+    embeddings = Int8Embeddings(rounded)
+    found = embeddings(torch.tensor([[3, 49], [0, 3]]))
+    assert found.dtype == dtype and torch.equal(found[0, 1], rounded.weight[49])
+    step = power_of_two_scales(table.weight)
+    assert ((embeddings.weight - table.weight).abs() <= step / 2).all()
+    assert torch.equal(embeddings.state_dict()["weight"], embeddings.weight) and not rounded.state_dict()
 
 
 def test_chats_are_the_same_for_the_same_seed():

@@ -98,6 +98,7 @@ PRACTICE = {
 }
 SEEN = ("naming", "yes_no", "count", "read")
 
+SEVERAL_PICTURES = {"contrast", "compare", "fewshot"}
 ANSWERED = (
     *SEEN,
     *("compare", "tiles_on", "direction", "order", "flashes", "receipt_steps", "fewshot_4", "text"),
@@ -132,7 +133,7 @@ def recipe(
 
     Args:
         frozen_language_model: it stays as the first stage left it.
-        pairs: pre-training on single pictures instead of interleaved documents.
+        pairs: pre-training, and practice, on single pictures instead of interleaved documents.
         text: whether text-only conversations are blended in behind the first stage.
         tasks: only these of every stage that has one of them.
     """
@@ -140,6 +141,9 @@ def recipe(
     for stage in STAGES:
         if pairs and stage.name == "pretrain":
             stage = replace(stage, mixture=PAIRS)
+        if pairs and stage.name == "practice":
+            single = {task: share for task, share in stage.mixture.items() if task not in SEVERAL_PICTURES}
+            stage = replace(stage, mixture=single)
         if stage.name in ("pretrain", "sft", "practice"):
             if frozen_language_model:
                 stage = replace(stage, tuned=tuple(part for part in stage.tuned if part != "language_model"))

@@ -49,7 +49,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the arithmetic (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
     parser.add_argument("--frozen-language-model", action="store_true", help="ablation: frozen behind the first stage")
-    parser.add_argument("--pairs", action="store_true", help="ablation: pre-train on pairs, not on documents")
+    parser.add_argument("--pairs", action="store_true", help="ablation: one picture per conversation")
     parser.add_argument("--no-text", action="store_true", help="ablation: no text-only data behind the first stage")
     options = parser.parse_args(arguments)
     planned = recipe.recipe(options.frozen_language_model, options.pairs, not options.no_text, options.tasks)
