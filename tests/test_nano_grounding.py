@@ -12,7 +12,7 @@ import shots
 import torch
 from drawing import Thing, draw_things
 from episodes import Episode, Turn, image_block
-from grounding import IGNORED, KINDS, GroundedTraining, GroundingCollator
+from grounding import IGNORED, KINDS, WAYS, GroundedTraining, GroundingCollator
 from transformers import AutoModel, AutoProcessor
 from vocabulary import COLOURS, HELD_OUT_PAIRS, SHAPES
 
@@ -49,7 +49,7 @@ def labelled(processor, episode):
     found = []
     for word, labels in zip(words, batch["grounding"][0].tolist()):
         if any(label != IGNORED for label in labels):
-            found.append((word, {kind: label for kind, label in zip(KINDS, labels) if label != IGNORED}))
+            found.append((word, {kind: label for kind, label in zip(KINDS | WAYS, labels) if label != IGNORED}))
     return found
 
 
@@ -183,11 +183,25 @@ def test_where_an_answer_begins_the_last_picture_is_named(processor):
     ]
 
 
+def test_where_an_answer_begins_the_way_between_the_named_things_is_told(processor):
+    things = (RED, BLUE, replace(STAR, colour="green", shape="star"))
+    turns = (
+        Turn("Is the red circle left of the blue square?", "yes"),
+        Turn("Is the blue square below the red circle?", "no"),
+        Turn("Is the red circle above the cyan ring?", "no"),
+        Turn("What do you see?", "a red circle, a blue square, a green star"),
+        Turn("Which is more to the top, the green star or the red circle?", "green star"),
+    )
+    found = labelled(processor, Episode("look", turns, ((draw(things),),), (things,)))
+    ways = [labels for _, labels in found if set(labels) & set(WAYS)]
+    assert ways == [{"across": 2, "down": 0}, {"across": 0, "down": 2}, {"across": 0, "down": 2}]
+
+
 def test_rows_without_known_things_have_no_labels(processor):
     assert labelled(processor, replace(scenes.naming(random.Random(0), "train"), things=())) == []
 
 
-def test_labels_teach_the_lower_half(processor, model):
+def test_labels_teach_the_layers_below_their_heads(processor, model):
     torch.manual_seed(0)
     trainee = GroundedTraining(model)
     rng = random.Random(0)
@@ -195,12 +209,17 @@ def test_labels_teach_the_lower_half(processor, model):
     loss = trainee(**batch)["loss"]
     expected = trainee.parts["answer"] + grounding.GROUNDING_WEIGHT * trainee.parts["grounding"]
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    plain = trainee.model(**{name: value for name, value in batch.items() if name != "grounding"}).loss
-    assert plain.item() == pytest.approx(trainee.parts["answer"], rel=1e-5)
-    trainee.zero_grad()
-    (loss - plain).backward()
-    lower, upper = (layer.mlp.up_proj.weight.grad for layer in trainee.model.model.language_model.layers)
-    assert lower.abs().max() > 1e3 * upper.abs().max()
+    inputs = {name: value for name, value in batch.items() if name != "grounding"}
+    assert trainee.model(**inputs).loss.item() == pytest.approx(trainee.parts["answer"], rel=1e-5)
+    reached = []
+    for own in (slice(len(KINDS)), slice(len(KINDS), None)):
+        labels = torch.full_like(batch["grounding"], IGNORED)
+        labels[..., own] = batch["grounding"][..., own]
+        trainee.zero_grad()
+        (trainee(**{**batch, "grounding": labels})["loss"] - trainee.model(**inputs).loss).backward()
+        layers = trainee.model.model.language_model.layers
+        reached.append([layer.mlp.up_proj.weight.grad.abs().max().item() > 1e-4 for layer in layers])
+    assert reached == [[True, False], [True, True]]
     optimizer, losses = torch.optim.AdamW(trainee.parameters(), 1e-2), []
     for _ in range(15):
         optimizer.zero_grad()

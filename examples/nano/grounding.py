@@ -2,8 +2,9 @@
 
 Linear heads read the states behind half of its layers. Where a thing is named they say its place in the picture, and
 how many of its kind are in this picture, or in each of two; where an answer begins, what the picture just shown is of.
-From the answers alone the model learned these steps late or never: a yes or no about two positions, or the made-up
-name of what an earlier picture showed, needs all of them at once. The heads are thrown away.
+Behind two thirds of the layers they say there how the two things lie to each other that the question named. From the
+answers alone the model learned these steps late or never: a yes or no about two positions, or the made-up name of what
+an earlier picture showed, needs all of them at once. The heads are thrown away.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,9 @@ KINDS = {
     "shape": len(SHAPES) + 1,
     "colour": len(COLOURS) + 1,
 }
+# of the second thing from the first: to the left, level, to the right; above, level, below
+WAYS = {"across": 3, "down": 3}
+MIN_WAY = 6  # pixels that are not level
 GROUNDING_WEIGHT = 0.3
 
 
@@ -42,26 +46,35 @@ def labels_of_mention(matching: Sequence[Sequence[Thing]]) -> tuple[int, ...]:
         (own,) = matching
         place = (bin_of(own[0].x), bin_of(own[0].y)) if len(own) == 1 else (0, 0)
     counts = [min(MAX_COUNT, len(own)) for own in matching]
-    return (*place, counts[0], counts[1] if len(counts) > 1 else IGNORED, IGNORED, IGNORED)
+    return (*place, counts[0], counts[1] if len(counts) > 1 else IGNORED, *(IGNORED,) * 4)
 
 
-def labels_of_answer(shown: Sequence[Thing]) -> tuple[int, ...]:
-    """Args: shown: the things in the last picture."""
+def labels_of_answer(shown: Sequence[Thing], named: Sequence[Thing]) -> tuple[int, ...]:
+    """Args: shown: the things in the last picture; named: those that the question names and that are there once."""
+    ways = (IGNORED, IGNORED)
+    if len(named) == 2:
+        first, second = named
+        ways = (way_of(second.x - first.x), way_of(second.y - first.y))
     if len(shown) != 1:
-        return (IGNORED,) * len(KINDS)
+        return ((IGNORED,) * len(KINDS)) + ways
     (thing,) = shown
-    named = SHAPES.index(thing.shape) + 1, list(COLOURS).index(thing.colour) + 1
-    return (bin_of(thing.x), bin_of(thing.y), IGNORED, IGNORED, *named)
+    kind = SHAPES.index(thing.shape) + 1, list(COLOURS).index(thing.colour) + 1
+    return (bin_of(thing.x), bin_of(thing.y), IGNORED, IGNORED, *kind, *ways)
+
+
+def way_of(offset: float) -> int:
+    return 1 + (offset > MIN_WAY) - (offset < -MIN_WAY)
 
 
 class GroundingCollator:
-    """Rows of `NanoDataset` -> a batch of `VilaDataCollator` and `grounding`, `(batch, sequence, kinds)`."""
+    """Rows of `NanoDataset` -> a batch of `VilaDataCollator` and `grounding`, `(batch, sequence, kinds and ways)`."""
 
     def __init__(self, processor: Any):
         self.collator = VilaDataCollator(processor)
         self.tokenizer = processor.tokenizer
         self.image, self.tokens_per_picture = processor.image_token_id, processor.num_tile_tokens
         self.turn_start = self.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        (self.answerer,) = self.tokenizer("assistant", add_special_tokens=False)["input_ids"]
         (self.thing,) = self.tokenizer(" thing", add_special_tokens=False)["input_ids"]
         self.shapes = self.ids_of({shape: (shape, plural(shape)) for shape in SHAPES})
         self.colours = self.ids_of({colour: (colour,) for colour in COLOURS})
@@ -78,7 +91,7 @@ class GroundingCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.collator([{"messages": row["messages"]} for row in rows])
-        batch["grounding"] = torch.full((*batch["input_ids"].shape, len(KINDS)), IGNORED)
+        batch["grounding"] = torch.full((*batch["input_ids"].shape, len(KINDS | WAYS)), IGNORED)
         for number, row in enumerate(rows):
             if row["things"]:
                 ids, labels = batch["input_ids"][number].tolist(), batch["labels"][number].tolist()
@@ -90,11 +103,11 @@ class GroundingCollator:
         self, ids: list[int], labels: list[int], things: Sequence[Sequence[Thing]]
     ) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Positions in a row whose every picture is one tile, and their labels."""
-        tokens, shown, is_new_turn = 0, list[Sequence[Thing]](), True
+        tokens, shown, named, is_new_turn = 0, list[Sequence[Thing]](), list[Thing](), True
         for place, own in enumerate(ids):
             before = ids[place - 1] if place else None
             if own == self.turn_start:
-                is_new_turn = True
+                is_new_turn, named = True, named if ids[place + 1 : place + 2] == [self.answerer] else []
             elif own == self.image:
                 shown, is_new_turn = [] if is_new_turn else shown, False
                 tokens += 1
@@ -104,9 +117,12 @@ class GroundingCollator:
                 continue
             elif own in self.shapes or (own == self.thing and before in self.colours):
                 shape, colour = self.shapes.get(own), self.colours.get(before)
-                yield place, labels_of_mention([matching(picture, shape, colour) for picture in shown])
+                found = [matching(picture, shape, colour) for picture in shown]
+                if len(shown) == 1 and len(found[0]) == 1:
+                    named = [*named, found[0][0]]
+                yield place, labels_of_mention(found)
             elif labels[place] == IGNORED and labels[place + 1 : place + 2] not in ([], [IGNORED]):
-                yield place, labels_of_answer(shown[-1])
+                yield place, labels_of_answer(shown[-1], named)
 
 
 def matching(things: Sequence[Thing], shape: str | None, colour: str | None) -> list[Thing]:
@@ -120,21 +136,28 @@ class GroundedTraining(Trainee):
     def __init__(self, model: Any):
         super().__init__(model)
         config = model.config.text_config
-        width, self.halfway = config.hidden_size, config.num_hidden_layers // 2
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(KINDS.values())))
+        layers = config.num_hidden_layers
+        self.states = (layers // 2, layers - layers // 3)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, sum(kinds.values())))
+            for kinds in (KINDS, WAYS)
+        )
 
     def forward(self, grounding: torch.Tensor, **inputs: Any) -> dict[str, Any]:
-        """Args: grounding: `(batch, sequence, kinds)`, numbers of classes or -100."""
+        """Args: grounding: `(batch, sequence, kinds and ways)`, numbers of classes or -100."""
         output = self.model(**inputs, output_hidden_states=True)
-        is_labelled = (grounding != IGNORED).any(-1)
-        grounded = output.loss.new_zeros(())
-        if is_labelled.any():
-            logits = self.head(output.hidden_states[self.halfway][is_labelled]).float().split(list(KINDS.values()), -1)
-            losses = [
-                F.cross_entropy(own, wanted, ignore_index=IGNORED)
-                for own, wanted in zip(logits, grounding[is_labelled].unbind(-1))
-                if (wanted != IGNORED).any()
-            ]
-            grounded = torch.stack(losses).sum()
+        losses = [output.loss.new_zeros(())]
+        for head, at, kinds, wanted in zip(
+            self.heads, self.states, (KINDS, WAYS), grounding.split([len(KINDS), len(WAYS)], -1)
+        ):
+            is_labelled = (wanted != IGNORED).any(-1)
+            if is_labelled.any():
+                logits = head(output.hidden_states[at][is_labelled]).float().split(list(kinds.values()), -1)
+                losses += [
+                    F.cross_entropy(own, labels, ignore_index=IGNORED)
+                    for own, labels in zip(logits, wanted[is_labelled].unbind(-1))
+                    if (labels != IGNORED).any()
+                ]
+        grounded = torch.stack(losses).sum()
         self.parts = {"answer": output.loss.item(), "grounding": grounded.item()}
         return {"loss": output.loss + GROUNDING_WEIGHT * grounded}

@@ -77,24 +77,24 @@ INSTRUCTIONS = {
 }
 PRACTICE = {
     "look": 3.0,
-    "tally": 1.0,
+    "tally": 0.9,
     "contrast": 1.5,
-    "fewshot": 2.0,
+    "fewshot": 1.4,
     "naming": 0.4,
-    "yes_no": 1.0,
+    "yes_no": 1.5,
     "count": 0.4,
-    "compare": 0.6,
-    "read": 0.8,
+    "compare": 0.8,
+    "read": 1.0,
     "transcribe": 0.8,
     "dialogue": 0.1,
     "chart": 0.3,
-    "tiles": 0.8,
-    "receipt_steps": 1.0,
+    "tiles": 0.9,
+    "receipt_steps": 1.2,
     "receipt_direct": 0.1,
     "direction": 0.2,
     "order": 0.3,
     "flashes": 0.3,
-    "text": 1.2,
+    "text": 1.4,
 }
 SEEN = ("naming", "yes_no", "count", "read")
 
