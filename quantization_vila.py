@@ -319,13 +319,13 @@ class VilaAwqQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         head: Any = model.get_output_embeddings()
         if isinstance(head, Int8Head):
-            weight = nn.Parameter(head.weight.to(dtype or torch.float32))
+            table = nn.Parameter(head.weight.to(dtype or torch.float32))
             plain = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-            plain.weight = weight
+            plain.weight = table
             model.set_output_embeddings(plain)
             if head.is_tied:
-                embeddings = nn.Embedding(*weight.shape, device="meta")
-                embeddings.weight = weight
+                embeddings = nn.Embedding(head.out_features, head.in_features, device="meta")
+                embeddings.weight = table
                 model.set_input_embeddings(embeddings)
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Int4Linear)]
         for name, layer in layers:
