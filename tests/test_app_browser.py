@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from contextlib import suppress
 
 import pytest
@@ -137,7 +138,13 @@ def test_stop_gives_the_box_back(visit, serve):
     slow, url = serve(DEFAULT_MODEL, tokens=1900)
     slow.model.generation_config.min_new_tokens = 1900
     made = []
-    slow.model.register_forward_hook(lambda *_: made.append(1))
+
+    def take_time(*_):
+        """A second click, where the page moved under the first, still finds an answer to stop."""
+        made.append(1)
+        time.sleep(0.02)
+
+    slow.model.register_forward_hook(take_time)
     page = visit(url)
     page.locator(BOX).first.fill("Hello there.")
     page.locator("button.submit-button").click()
