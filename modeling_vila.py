@@ -320,8 +320,8 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, VilaGenerationMixin):
 def head_logits(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Logits of hidden states, `(..., hidden_size) -> (..., vocabulary)`.
 
-    A CPU reads bfloat16 weights a fifth faster for two rows than for one, and a head's are the most that a new token
-    reads at once: one row is doubled.
+    A CPU reads bfloat16 weights faster for two rows than for one, and a head's are the most that a new token reads at
+    once: one row is doubled.
     """
     is_one = hidden.numel() == hidden.shape[-1] and not (torch.is_grad_enabled() and hidden.requires_grad)
     is_slow = type(head) is nn.Linear and hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16

@@ -1,8 +1,8 @@
 """How questions are asked: for every kind the trained phrasings, and those that only the test uses.
 
 The words of a held-out phrasing all stand in trained ones; their combination is new. The test's other half and the
-validation split use `TRAINED`; training uses `MORE` too: with six phrasings of a kind or fewer the model learned these
-by heart, and of others it knew half as often what was asked.
+validation split use `TRAINED`; training uses `MORE` too: with six of a kind or fewer, 74 % of the test's questions
+with a goal were answered right in trained phrasings and 64 % in others, afterwards 86 and 85 %.
 """
 
 import random

@@ -10,12 +10,14 @@ from typing import Any
 
 import recipe
 import torch
+import torch.nn.functional as F
 from optimizer import MATRICES, MuonAdamW
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 SAVES = 20
+EMPTY_WEIGHT = 0.1  # of labels that say that nothing is there, which are most of them
 FINAL, LOG = "final", "log.jsonl"
 
 
@@ -44,6 +46,22 @@ class Trainee(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         again = {name: state_dict[source] for name, source in self.second_names.items() if source in state_dict}
         return super().load_state_dict({**again, **state_dict}, strict, assign)
+
+
+def load(folder: Path) -> Any:
+    """A model in float32, as fast as a CPU trains it."""
+    model = AutoModel.from_pretrained(folder, dtype="float32")
+    if not torch.accelerator.is_available():
+        # the fused kernel's backward pass is slower than plain products of so short rows
+        model.set_attn_implementation("eager")
+    return model
+
+
+def weighed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy, `(N, classes, ...)` and `(N, ...)`, in which class 0 stands for nothing."""
+    weights = torch.ones(logits.shape[1], device=logits.device)
+    weights[0] = EMPTY_WEIGHT
+    return F.cross_entropy(logits.float(), labels, weights)
 
 
 def training_arguments(folder: Path, steps: int, **options: Any) -> TrainingArguments:

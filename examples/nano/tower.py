@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from build import PIXEL_MEAN, PIXEL_STD
 from drawing import (
     SCALE,
@@ -30,6 +29,7 @@ from drawing import (
 )
 from PIL import Image, ImageDraw
 from reading import draw_items
+from running import weighed_loss
 from scenes import MAX_COUNT, counted_scene, draw_counts
 from streams import row_numbers
 from torch import nn
@@ -47,7 +47,6 @@ KINDS = {
     "place": MAX_LETTERS,
     "line": MAX_LINES,
 }
-EMPTY_WEIGHT = 0.1  # of cells without anything, which are most of them
 COLOUR_NUMBERS = {colour: number for number, colour in enumerate(COLOURS, start=1)}
 QUARTERS = 2  # per side of a patch
 VALIDATION_PICTURES = 64
@@ -187,11 +186,7 @@ class TowerPretraining(nn.Module):
         logits = maps.split([number + 1 for number in KINDS.values()], dim=1)
         if labels is None:
             return {"logits": logits}
-        losses = []
-        for kind, logit in enumerate(logits):
-            weights = torch.ones(logit.shape[1], device=logit.device)
-            weights[0] = EMPTY_WEIGHT
-            losses.append(F.cross_entropy(logit.float(), labels[:, kind], weights))
+        losses = [weighed_loss(logit, labels[:, kind]) for kind, logit in enumerate(logits)]
         return {"loss": torch.stack(losses).sum(), "logits": logits}
 
     @torch.no_grad()

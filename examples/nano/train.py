@@ -23,7 +23,7 @@ from grounding import GroundedTraining, GroundingCollator
 from monitoring import LOG, Monitor
 from optimizer import MuonAdamW
 from recipe import Stage
-from running import steps_done, training_arguments
+from running import load, steps_done, training_arguments
 from torch.utils.data import default_collate
 from tower import LabelledPictures, TowerPretraining
 from transformers import AutoModel, AutoProcessor, Trainer, set_seed
@@ -55,15 +55,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     planned = recipe.recipe(options.frozen_language_model, options.pairs, not options.no_text, options.tasks)
     options.planned = tuple(stage for stage in planned if not options.stages or stage.name in options.stages)
     return options
-
-
-def load(folder: Path) -> Any:
-    """The model in float32, as fast as a CPU trains it."""
-    model = AutoModel.from_pretrained(folder, dtype="float32")
-    if model.device.type == "cpu" and not torch.accelerator.is_available():
-        # the fused kernel's backward pass is slower than plain products of so short rows
-        model.set_attn_implementation("eager")
-    return model
 
 
 def seconds_per_sample(trainee: Any, collator: Any, stage: Stage, seed: int) -> float:

@@ -33,6 +33,7 @@ from canvases import (
 )
 from drawing import any_font, draw_text, ground_colour, ink, text_size
 from PIL import Image, ImageDraw
+from running import weighed_loss
 from streams import row_numbers
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -48,7 +49,6 @@ LARGE_KINDS = {
     "colour": len(COLOURS),
 }
 LOW_KINDS = {"owner": len(COLOURS), "shape": len(SHAPES), "colour": len(COLOURS)}
-EMPTY_WEIGHT = 0.1  # of cells without anything, which are most of them
 COLOUR_NUMBERS = {colour: number for number, colour in enumerate(COLOURS, start=1)}
 QUARTERS = 2  # per side of a patch
 LABELLED_CELLS = 12  # of the large canvas that a row shows
@@ -240,12 +240,6 @@ class EncoderTraining(nn.Module):
 
 def classes(kinds: dict[str, int]) -> int:
     return sum(number + 1 for number in kinds.values())
-
-
-def weighed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    weights = torch.ones(logits.shape[1], device=logits.device)
-    weights[0] = EMPTY_WEIGHT
-    return F.cross_entropy(logits.float(), labels, weights)
 
 
 @torch.no_grad()

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from build_hd import LOOK_CELLS, PATCH
 from canvases import CELLS, CODE_LENGTH, SIDE, Spot, cells_of, draw_canvas, question_of
-from encoder_training import CHARACTERS, COLOUR_NUMBERS, LARGE_KINDS, QUARTERS, Labels, patches_of, weighed_loss
+from encoder_training import CHARACTERS, COLOUR_NUMBERS, LARGE_KINDS, QUARTERS, Labels, patches_of
 from episodes import image_block, text_block
-from running import Trainee
+from running import Trainee, weighed_loss
 from streams import row_numbers
 from torch import nn
 from torch.utils.data import IterableDataset

@@ -11,7 +11,6 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 
@@ -20,9 +19,9 @@ from build_hd import build, save
 from encoder_training import EncoderTraining, LabelledCanvases, quality
 from looking_training import AskedCanvases, AskedCollator, LookingTraining, success
 from optimizer import MATRICES
-from running import FINAL, cosine_arguments, parse_options, run_stage, run_stages
+from running import FINAL, cosine_arguments, load, parse_options, run_stage, run_stages
 from torch.utils.data import default_collate
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoProcessor
 
 logger = logging.getLogger("nano_hd")
 OUTPUT = Path(__file__).resolve().parents[2] / "nano-hd-run"
@@ -32,17 +31,8 @@ LOOKING_STEPS, LOOKING_BATCH, LOOKING_RATE = 150, 8, 6e-4
 TRAINED_MATRICES = (*MATRICES, ".trunk.blocks.", ".multi_modal_projector.layers.")  # with Muon
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Model in float32, as fast as a CPU trains it, and processor."""
-    model = AutoModel.from_pretrained(folder, dtype="float32")
-    if not torch.accelerator.is_available():
-        # the fused kernel's backward pass is slower than plain products of so short rows
-        model.set_attn_implementation("eager")
-    return model, AutoProcessor.from_pretrained(folder)
-
-
 def train_encoder(start: Path, folder: Path, options: argparse.Namespace) -> None:
-    model, processor = load(start)
+    model, processor = load(start), AutoProcessor.from_pretrained(start)
     mean, std = (values[0] for values in (processor.image_processor.image_mean, processor.image_processor.image_std))
     trainee, rows = EncoderTraining(model.model.vision_tower), partial(LabelledCanvases, mean, std, options.seed)
     training = cosine_arguments(folder, ENCODER_STEPS, ENCODER_BATCH, ENCODER_RATE, options)
@@ -64,7 +54,7 @@ def train_looking(start: Path, folder: Path, options: argparse.Namespace) -> Non
 def train_answers(
     start: Path, folder: Path, options: argparse.Namespace, is_shown: bool, steps: int, batch: int, rate: float
 ) -> None:
-    model, processor = load(start)
+    model, processor = load(start), AutoProcessor.from_pretrained(start)
     trainee, rows = LookingTraining(model), partial(AskedCanvases, is_shown, options.seed)
     training = cosine_arguments(folder, steps, batch, rate, options)
     run_stage(trainee, training, rows, AskedCollator(processor), TRAINED_MATRICES)
@@ -78,7 +68,7 @@ STAGES = {"encoder": train_encoder, "reading": train_reading, "looking": train_l
 def main(arguments: list[str]) -> None:
     options = parse_options("train_hd.py", __doc__, OUTPUT, arguments)
     current = run_stages(build, STAGES, options)
-    save(*load(current), options.output / FINAL, torch.bfloat16)
+    save(load(current), AutoProcessor.from_pretrained(current), options.output / FINAL, torch.bfloat16)
     sys.stdout.write(f"{options.output / FINAL}\n")
 
 

@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from codes_training import KINDS
 from drawn_scenes import label_patches
-from running import Trainee
+from running import Trainee, weighed_loss
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vila.training_vila_u import VilaUDataCollator
 
 NAMING_WEIGHT = 0.5
-EMPTY_WEIGHT = 0.1  # of patches without anything, which are most of them
 
 
 class DrawingCollator:
@@ -58,17 +56,13 @@ class DrawingTraining(Trainee):
         naming = output.loss.new_zeros(())
         if len(wanted):
             states = [output.hidden_states[at][:, :-1][is_target] for at in self.states]
-            naming = sum((naming_loss(head(own).float(), wanted) for head, own in zip(self.heads, states)), naming)
+            naming = sum((naming_loss(head(own), wanted) for head, own in zip(self.heads, states)), naming)
         losses = {"text": output.text_loss, "image": output.image_loss, "naming": naming}
         self.parts = {name: loss.item() for name, loss in losses.items()}
         return {"loss": output.loss + NAMING_WEIGHT * naming}
 
 
 def naming_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of the shapes plus that of the colours, `(positions, classes)` and `(positions, 2)`."""
-    losses = []
-    for own, numbers in zip(logits.split(KINDS, dim=-1), wanted.unbind(-1)):
-        weights = torch.ones(own.shape[-1], device=own.device)
-        weights[0] = EMPTY_WEIGHT
-        losses.append(F.cross_entropy(own, numbers, weights))
-    return torch.stack(losses).sum()
+    """Losses of the shapes and of the colours, `(positions, classes)` and `(positions, 2)`."""
+    each = [weighed_loss(own, numbers) for own, numbers in zip(logits.split(KINDS, dim=-1), wanted.unbind(-1))]
+    return torch.stack(each).sum()

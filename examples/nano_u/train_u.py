@@ -19,7 +19,7 @@ from build_u import build, save
 from codes_training import CodesTraining, LabelledScenes, normalise, quality
 from drawing_training import DrawingCollator, DrawingTraining
 from drawn_scenes import DrawnScenes
-from running import FINAL, cosine_arguments, parse_options, run_stage, run_stages
+from running import FINAL, cosine_arguments, load, parse_options, run_stage, run_stages
 from torch.utils.data import default_collate
 from transformers import AutoModel, AutoProcessor
 
@@ -45,11 +45,8 @@ def train_codes(start: Path, folder: Path, options: argparse.Namespace) -> None:
 
 
 def train_language(start: Path, folder: Path, options: argparse.Namespace) -> None:
-    model, processor = AutoModel.from_pretrained(start, dtype="float32"), AutoProcessor.from_pretrained(start)
+    model, processor = load(start), AutoProcessor.from_pretrained(start)
     model.model.vision_tower.requires_grad_(False)  # the codes stay what they are
-    if not torch.accelerator.is_available():
-        # the fused kernel's backward pass is slower than plain products of so short rows
-        model.set_attn_implementation("eager")
     collator = DrawingCollator(processor, model.config.vision_config.patch_size, CAPTION_DROPOUT)
     training = cosine_arguments(folder, STEPS, BATCH, RATE, options)
     run_stage(DrawingTraining(model), training, partial(DrawnScenes, DRAWING, options.seed), collator)
