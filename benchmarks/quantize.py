@@ -23,8 +23,9 @@ from timing import generate, resident, seconds_of
 from transformers import GenerationConfig
 from vila import VilaConfig, VilaForConditionalGeneration, VilaImageProcessor, VilaProcessor
 from vila.families_vila import VILA
+from vila.int4_linear_vila import Int4Linear
 from vila.packed_linear_vila import pack_linears
-from vila.quantization_vila import Int4Linear, Int8Head, round_head
+from vila.quantization_vila import Int8Head, round_head
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "nano"))
 from build import build_tokenizer

@@ -1,11 +1,13 @@
 """What int4 costs in answers: vila-nano rounded and searched, `python benchmarks/quantize_quality.py`.
 
 Accuracies are those of `examples/nano/evaluate.py`; the divergence is that of the next token at every answer's tokens,
-from the model as it is, in nats.
+from the model as it is, in nats. What is searched is calibrated on conversations of the kinds that the model was
+trained on, in a row of its own on what `vila.quantize` draws by default.
 """
 
 import argparse
 import json
+import random
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -16,16 +18,21 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 from vila.quantize import Options, quantize
+from vila.quantize.calibration import Chat
 from vila.training_vila import VilaDataCollator
 
 NANO = Path(__file__).resolve().parents[1] / "examples" / "nano"
 sys.path.insert(0, str(NANO))
 from answering import batched, score  # noqa: E402
+from dataset import TASKS  # noqa: E402
 from evaluate import DEFAULT_MODEL  # noqa: E402
 from judge import TRIALS  # noqa: E402
+from recipe import PRACTICE  # noqa: E402
 
 CONTROLS = ("fewshot_0", "tiles_off")
 BATCH_SIZE = 32
+CALIBRATION_CHATS = 512
+DEFAULT_CALIBRATION = "AWQ, 4 bits, default calibration"
 
 
 def load(folder: Path) -> Any:
@@ -46,15 +53,22 @@ def divergence(whole: Any, model: Any, processor: Any, trials: list[str], sample
     return total / count
 
 
+def seen_chats(count: int, seed: int = 0) -> list[Chat]:
+    """Conversations of the training split, in the shares of the last stage of training."""
+    kinds = random.Random(seed).choices(list(PRACTICE), list(PRACTICE.values()), k=count)
+    return [TASKS[kind](random.Random(f"{seed}/{n}"), "train").messages for n, kind in enumerate(kinds)]
+
+
 def all_variants() -> dict[str, Options | None]:
     """Rows of the table and how each is quantised; GPTQ where optimum is installed."""
     variants: dict[str, Options | None] = {"bfloat16": None}
     for bits in (4, 3):
         variants[f"RTN, {bits} bits"] = Options("rtn", bits)
-        variants[f"AWQ, {bits} bits"] = Options("awq", bits)
+        variants[f"AWQ, {bits} bits"] = Options("awq", bits, samples=CALIBRATION_CHATS)
         if find_spec("optimum") is not None:
-            variants[f"GPTQ, {bits} bits"] = Options("gptq", bits)
-    variants["AWQ, 4 bits, int8 head"] = Options("awq", 4, head_bits=8)
+            variants[f"GPTQ, {bits} bits"] = Options("gptq", bits, samples=CALIBRATION_CHATS)
+    variants["AWQ, 4 bits, int8 head"] = Options("awq", 4, head_bits=8, samples=CALIBRATION_CHATS)
+    variants[DEFAULT_CALIBRATION] = Options("awq", 4)
     return variants
 
 
@@ -63,13 +77,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--samples", type=int, default=400, help="questions per task (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--calibration", help="see vila.quantize (default: what is drawn, and prose)")
+    parser.add_argument("--calibration", help="see vila.quantize (default: conversations as in training)")
     parser.add_argument("--variants", nargs="+", metavar="TITLE", help="rows of the table (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object per variant instead of the table")
     options = parser.parse_args()
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     trials = [name for name in TRIALS if name not in CONTROLS and "shuffled" not in name]
-    whole = load(options.model)
+    whole, own = load(options.model), seen_chats(CALIBRATION_CHATS)
     with tempfile.TemporaryDirectory() as name:
         variants = all_variants()
         if unknown := sorted(set(options.variants or ()) - set(variants)):
@@ -78,7 +92,8 @@ def main() -> None:
         for number, (title, choice) in enumerate(variants.items()):
             model = whole
             if choice is not None:
-                model = load(quantize(options.model, Path(name) / str(number), choice, options.calibration))
+                chats = None if title == DEFAULT_CALIBRATION else options.calibration or own
+                model = load(quantize(options.model, Path(name) / str(number), choice, chats))
             scores = {
                 trial: score(model, processor, trial, options.samples, options.seed, batch_size=BATCH_SIZE).accuracy
                 for trial in tqdm(trials, desc=title, file=sys.stderr)

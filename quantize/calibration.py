@@ -1,8 +1,9 @@
 """Conversations that activations are measured on: of one's own, or drawn and taken from what Python brings along."""
 
+import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -17,14 +18,16 @@ PASSAGE_CHARACTERS = 2400
 DESCRIBE = {"image": "Describe the picture.", "video": "What happens in the video?"}
 
 Chat = list[dict[str, Any]]
+Source = str | Path | Sequence[Chat] | None
 
 
-def calibration_chats(source: str | Path | None, samples: int, media_share: float = 0.5, seed: int = 0) -> list[Chat]:
+def calibration_chats(source: Source, samples: int, media_share: float = 0.5, seed: int = 0) -> list[Chat]:
     """`samples` conversations, shuffled by the seed.
 
     Args:
-        source: a jsonl file of `{"messages": [...]}` or `{"text": ...}` rows, or a folder of pictures, videos, texts
-            and jsonl files; None for pictures and clips that are drawn, and English prose.
+        source: a jsonl file of `{"messages": [...]}` or `{"text": ...}` rows, a folder of pictures, videos, texts
+            and jsonl files, or the messages of conversations; None for pictures and clips that are drawn, and
+            English prose.
         media_share: share of conversations with pictures or videos, as far as there are enough of both kinds.
 
     Raises:
@@ -36,13 +39,31 @@ def calibration_chats(source: str | Path | None, samples: int, media_share: floa
         chats = [drawn_chat(rng) for _ in range(media)] + [prose_chat(rng) for _ in range(samples - media)]
         rng.shuffle(chats)
         return chats
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"no calibration data at {path}")
-    chats = list(read_jsonl(path) if path.is_file() else read_folder(path))
+    if not isinstance(source, (str, Path)):
+        chats = list(source)
+    elif not Path(source).exists():
+        raise FileNotFoundError(f"no calibration data at {source}")
+    else:
+        chats = list(read_jsonl(Path(source)) if Path(source).is_file() else read_folder(Path(source)))
     if not chats:
-        raise ValueError(f"{path} holds no conversations, texts, pictures or videos to calibrate with")
+        name = source if isinstance(source, (str, Path)) else "the calibration"
+        raise ValueError(f"{name} holds no conversations, texts, pictures or videos to calibrate with")
     return mix(chats, samples, media_share, rng)
+
+
+def name_of(source: Source) -> str:
+    """The same text for the same source; conversations are told from each other by what they hold."""
+    if source is None or isinstance(source, (str, Path)):
+        return str(source)
+    digest = hashlib.sha256()
+    for chat in source:
+        digest.update(json.dumps(chat, sort_keys=True, default=content_of).encode())
+    return f"conversations {digest.hexdigest()}"
+
+
+def content_of(value: Any) -> str:
+    """Of pictures and arrays that messages hold."""
+    return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else str(value)
 
 
 def mix(chats: list[Chat], samples: int, media_share: float, rng: random.Random) -> list[Chat]:

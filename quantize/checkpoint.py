@@ -13,7 +13,7 @@ import torch
 from ..families_vila import FAMILIES
 from ..loading_vila import Checkpoint, check_device
 from ..quantization_vila import round_head
-from .calibration import calibration_chats
+from .calibration import Source, calibration_chats, name_of
 from .gptq import import_quantizer
 from .layers import check_layers, collect_samples, quantize_layers
 from .llm_awq import load_llm_awq
@@ -26,7 +26,7 @@ def quantize(
     source: str | Path,
     target: str | Path,
     options: Options | None = None,
-    calibration: str | Path | None = None,
+    calibration: Source = None,
     device: str | None = None,
 ) -> Path:
     """Writes an int4 checkpoint that `AutoModel.from_pretrained` loads.
@@ -54,7 +54,7 @@ def quantize(
         import_quantizer()
     if options.method != "rtn":
         chats = calibration_chats(calibration, options.samples, options.media_share, options.seed)
-    partial = prepare_target(target, options, str(source), str(calibration))
+    partial = prepare_target(target, options, str(source), name_of(calibration))
     samples = collect_samples(model, processor, chats, options.max_tokens)
     losses = quantize_layers(model, samples, options, partial, found_device)
     write(model, processor, options, target, {"source": Path(source).name, **asdict(options), "losses": losses})

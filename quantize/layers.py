@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from ..quantization_vila import Int4Linear, check_shape
+from ..int4_linear_vila import Int4Linear, check_shape
 from .gptq import search_gptq
 from .options import Options
 from .rounding import Grid, grid_of, pack

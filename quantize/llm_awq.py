@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..quantization_vila import Int4Linear, pack_int4
+from ..int4_linear_vila import Int4Linear, pack_int4
 
 ROWS, BLOCK, TILE = 4, 64, 32
 PARTS = ("qweight", "scales", "scaled_zeros")

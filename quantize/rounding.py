@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quantization_vila import Int4Linear, pack_int4
+from ..int4_linear_vila import Int4Linear, pack_int4
 
 STORED_BITS = 4
 

@@ -20,9 +20,10 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLayer, Qwen2RotaryEmbedding
 from vila import VilaForConditionalGeneration
-from vila.quantization_vila import Int4Linear, Int8Embeddings, Int8Head, pack_int4, power_of_two_scales, unpack_int4
+from vila.int4_linear_vila import Int4Linear
+from vila.quantization_vila import Int8Embeddings, Int8Head, power_of_two_scales
 from vila.quantize import Options, quantize
-from vila.quantize.calibration import calibration_chats, has_media
+from vila.quantize.calibration import calibration_chats, has_media, name_of
 from vila.quantize.command import main
 from vila.quantize.layers import collect_samples
 from vila.quantize.llm_awq import unpack_v2
@@ -65,60 +66,6 @@ def random_layer(inputs=256, outputs=128, group_size=64, bias=True):
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, bias)
     return linear, pack(linear, grid_of(linear.weight, group_size, 4), use_autoawq=False)
-
-
-# ------------------------------------------------------------------------------------------------------ the format
-
-
-def test_packing_is_undone_by_unpacking():
-    values = torch.randint(0, 16, (24, 64))
-    assert torch.equal(unpack_int4(pack_int4(values)), values.to(torch.uint8))
-    one = torch.zeros(1, 8, dtype=torch.int64)
-    one[0, 2] = 15  # the third column is the second nibble
-    assert pack_int4(one).item() == 15 << 4
-
-
-def test_a_packed_layer_multiplies_by_the_rounded_weights():
-    linear, layer = random_layer()
-    rounded = fake_quantize(linear.weight, 64, 4)
-    assert torch.allclose(layer.dequantize().t(), rounded, atol=2e-4)  # scales are stored in half precision
-    assert torch.allclose(layer.dequantize(torch.bfloat16).float(), layer.dequantize(), atol=2e-3)
-    hidden = torch.randn(2, 3, 256)
-    assert torch.allclose(layer(hidden), hidden @ layer.dequantize() + layer.bias, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [1, 8, 32, 33, 200])
-@pytest.mark.parametrize("group_size", [32, 64, 128, 16])
-def test_few_and_many_rows_multiply_by_the_same_weights(rows, group_size):
-    _, layer = random_layer(group_size=group_size)
-    hidden = torch.randn(rows, 256).bfloat16()
-    exact = hidden.float() @ layer.dequantize() + layer.bias
-    assert (layer(hidden).float() - exact).norm() < 5e-3 * exact.norm()
-
-
-def test_gradients_pass_through_without_changing_what_comes_after():
-    _, layer = random_layer()
-    hidden = torch.randn(4, 256).bfloat16()
-    before = layer(hidden)
-    leaf = hidden.clone().requires_grad_()
-    layer(leaf).float().sum().backward()
-    expected = layer.dequantize(torch.bfloat16).float().sum(1)
-    assert torch.allclose(leaf.grad.float(), expected.expand(4, -1), rtol=0.02, atol=0.02)
-    assert torch.equal(layer(hidden), before)
-
-
-def test_a_cast_keeps_the_stored_scales():
-    _, layer = random_layer()
-    scales = layer.scales.clone()
-    layer.to(torch.bfloat16)
-    assert layer.scales.dtype == torch.float16 and torch.equal(layer.scales, scales)
-    assert layer.bias.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("inputs, outputs, group_size", [(100, 64, 64), (64, 60, 32), (64, 64, 0)])
-def test_shapes_that_do_not_fit_are_named(inputs, outputs, group_size):
-    with pytest.raises(ValueError, match=r"\d+ (inputs|outputs)"):
-        Int4Linear(inputs, outputs, group_size)
 
 
 def test_an_int8_head_is_made_again_from_what_is_saved():
@@ -181,6 +128,19 @@ def test_saving_loses_nothing(quantized, tmp_path, forward_first, grad_first):
     assert torch.equal(again(ids(4)).logits, expected[0]) and torch.equal(again(ids(60)).logits, expected[1])
     saved, first = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, quantized))
     assert saved["quantization_config"] == first["quantization_config"]
+
+
+@torch.no_grad()
+def test_a_loaded_file_is_not_written_to(quantized, tmp_path):
+    shutil.copytree(quantized, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = load(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    assert not torch.equal(layer.qweight, stored["llm.model.layers.0.mlp.up_proj.qweight"])
+    assert torch.equal(layer.state_dict()["qweight"], stored["llm.model.layers.0.mlp.up_proj.qweight"])
+    model(ids(60))
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 @torch.no_grad()
@@ -618,6 +578,19 @@ def test_chats_are_the_same_for_the_same_seed():
     one, two, other = (calibration_chats(None, 6, seed=seed) for seed in (0, 0, 1))
     assert repr_of(one) == repr_of(two) != repr_of(other)
     assert sum(map(has_media, one)) == 3
+
+
+def test_conversations_are_a_source_and_told_from_each_other(source, tmp_path):
+    chats = calibration_chats(None, 4)
+    assert sorted(map(str, repr_of(calibration_chats(chats, 4)))) == sorted(map(str, repr_of(chats)))
+    with pytest.raises(ValueError, match="the calibration holds no conversations"):
+        calibration_chats([], 4)
+    others = copy.deepcopy(chats)
+    block = next(block for chat in others for message in chat for block in message["content"] if "image" in block)
+    block["image"].putpixel((0, 0), (1, 2, 3))
+    assert name_of(chats) == name_of(copy.deepcopy(chats)) != name_of(others)
+    quantize(source, tmp_path / "out", Options(group_size=GROUP, samples=2, max_tokens=64), chats[:2])
+    assert load(tmp_path / "out") is not None
 
 
 def repr_of(chats):

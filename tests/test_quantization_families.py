@@ -8,7 +8,7 @@ from conftest import COMMITTED_GOLDENS
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from vila.conversion_vila import convert
-from vila.quantization_vila import Int4Linear
+from vila.int4_linear_vila import Int4Linear
 from vila.quantize.checkpoint import REPORT
 from vila.quantize.command import main
 

@@ -28,8 +28,8 @@ from transformers import (
 )
 from vila import VilaUConfig
 from vila.conversion_vila import convert
+from vila.int4_linear_vila import Int4Linear
 from vila.original_config_vila_u import SIGLIP_CONFIGS, siglip_config
-from vila.quantization_vila import Int4Linear
 from vila.quantize.checkpoint import quantize
 from vila.quantize.options import Options
 from vila_u_requests import CASE, PROMPTS, draw
