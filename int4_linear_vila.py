@@ -178,7 +178,9 @@ class Int4Linear(nn.Module):
         even, odd = words[:, ::2], words[:, 1::2]
         for rows, target in self._chunks():
             columns = slice(rows.start // PER_INT32, rows.stop // PER_INT32)
-            pairs = torch.empty(columns.stop - columns.start, PER_INT32, self.in_features // 2, dtype=torch.int32)
+            pairs = (
+                SCRATCH.take(PER_INT32 * target.numel()).view(torch.int32).view(-1, PER_INT32, self.in_features // 2)
+            )
             for place, column in enumerate(NIBBLE_COLUMNS):
                 high = (odd[columns] >> BITS * place).bitwise_and_(15).bitwise_left_shift_(16)
                 low = (even[columns] >> BITS * place).bitwise_and_(15)
@@ -206,6 +208,19 @@ class Int4Linear(nn.Module):
         for rows, words in self._chunks():
             values[rows] = (words >> SHIFTS).bitwise_and_(PAIR_MASK).view(torch.int16).view_as(values[rows])
         return values.t()
+
+    def _integers_by_rows(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`(rows, in_features)` int32 of 0 to 15, which the scratch may hold until the next ones."""
+        if self._grid is None:
+            values = self._integers().t()
+            yield from ((rows, values[rows].to(torch.int32)) for rows, _ in self._chunks())
+            return
+        for rows, words in self._chunks():
+            count = PER_INT32 * words.numel()
+            pairs, values = SCRATCH.take(3 * count).view(torch.int32).split((count // 2, count))
+            torch.bitwise_right_shift(words, SHIFTS, out=pairs.view(PAIRS, -1))
+            values.copy_(pairs.bitwise_and_(PAIR_MASK).view(torch.int16))
+            yield rows, values.view(-1, self.in_features)
 
     def _format_words(self) -> torch.Tensor:
         """`qweight` as the format has it."""
@@ -255,11 +270,12 @@ class Int4Linear(nn.Module):
         scales = self.scales.float()
         middles = (8 - unpack_int4(self.qzeros).float()) * scales
         scales_and_zeros = torch.stack((scales, middles), -1).to(torch.bfloat16).contiguous()
-        values = self._integers().t().contiguous()
         if self.qweight.device.type == "cpu":
-            convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-            packed = [convert(values[rows].to(torch.int32), 1) for rows, _ in self._chunks()]
-            return torch.cat(packed), scales_and_zeros
+            packed = torch.empty(self.out_features, self.in_features // 2, dtype=torch.uint8)
+            for rows, values in self._integers_by_rows():
+                packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+            return packed, scales_and_zeros
+        values = self._integers().t().contiguous()
         pairs = (values[:, ::2] << BITS) | values[:, 1::2]
         return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), CUDA_INNER_TILES), scales_and_zeros
 
