@@ -21,7 +21,7 @@ Chat = list[dict[str, Any]]
 Source = str | Path | Sequence[Chat] | None
 
 
-def calibration_chats(source: Source, samples: int, media_share: float = 0.5, seed: int = 0) -> list[Chat]:
+def calibration_chats(source: Source, samples: int, media_share: float = 0.75, seed: int = 0) -> list[Chat]:
     """`samples` conversations, shuffled by the seed.
 
     Args:

@@ -43,7 +43,7 @@ class Options:
     head_bits: int = 16
     samples: int = 128
     max_tokens: int = 512
-    media_share: float = 0.5
+    media_share: float = 0.75
     duo: bool = True
     clips: bool = True
     seed: int = 0

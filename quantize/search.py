@@ -218,11 +218,12 @@ def loss_of(
             value = own["self_attn.q_proj"]
             return layer.self_attn(hidden_states=value, **move(sample.options, value.device))[0]
 
-    references = [run(sample, own) for sample, own in zip(samples, inputs)]
+    judged = [(sample, own) for sample, own in zip(samples, inputs) if group.name in own]
+    references = [run(sample, own) for sample, own in judged]
 
     def loss(weights: list[torch.Tensor]) -> float:
         with changed_weights(group.linears, weights):
-            errors = [(run(sample, own) - one).square() for sample, own, one in zip(samples, inputs, references)]
+            errors = [(run(*pair) - one).square() for pair, one in zip(judged, references)]
         return sum(error.sum().item() for error in errors) / sum(error.numel() for error in errors)
 
     return loss

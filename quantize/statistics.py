@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# by which outputs of attention and MLP are compared; sums over inputs are taken from all
+# by which outputs of attention (of whole samples) and MLP (spread over all) are compared; sums are taken from all
 JUDGED_TOKENS = 2048
+TOKENWISE = "mlp.gate_proj"
 
 
 @dataclass
@@ -94,15 +95,15 @@ def observe(
         watched: linear layers by name.
 
     Returns:
-        statistics by name; inputs of the watched layers by name, for the samples of the first
-        `JUDGED_TOKENS` tokens.
+        statistics by name; for every sample inputs of watched layers by name: what works token by token keeps
+        `JUDGED_TOKENS` spread over all samples, the rest those of the first samples with so many tokens.
     """
     device = next(layer.parameters()).device
     tokens = sum(sample.hidden.shape[1] for sample in samples)
     statistics = {
         name: InputStatistics(linear.in_features, tokens, group_size, device) for name, linear in watched.items()
     }
-    inputs, judged = [], 0
+    inputs, judged, step = [], 0, max(1, tokens // JUDGED_TOKENS)
     for sample in samples:
         seen: dict[str, torch.Tensor] = {}
 
@@ -119,9 +120,11 @@ def observe(
         finally:
             for hook in hooks:
                 hook.remove()
+        kept = {name: value[:, ::step].clone() for name, value in seen.items() if name == TOKENWISE}
         if judged < JUDGED_TOKENS:
-            inputs.append(seen)
+            kept = seen | kept
             judged += sample.hidden.shape[1]
+        inputs.append(kept)
     return statistics, inputs
 
 

@@ -22,7 +22,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLa
 from vila import VilaForConditionalGeneration
 from vila.int4_linear_vila import Int4Linear
 from vila.quantization_vila import Int8Embeddings, Int8Head, power_of_two_scales
-from vila.quantize import Options, quantize
+from vila.quantize import Options, quantize, statistics
 from vila.quantize.calibration import calibration_chats, has_media, name_of
 from vila.quantize.command import main
 from vila.quantize.layers import collect_samples
@@ -270,19 +270,35 @@ def test_losses_of_linear_groups_are_the_errors_of_the_outputs(count):
     """With fewer tokens than features, and with more."""
     layer, samples = decoder_layer(lengths=(20, 200))
     watched = {name: layer.get_submodule(name) for name in dict.fromkeys(LINEARS.values())}
-    statistics, inputs = observe(layer, samples[:count], watched, GROUP)
-    assert (statistics["mlp.down_proj"].gram is None) == (count == 1)
+    known, inputs = observe(layer, samples[:count], watched, GROUP)
+    assert (known["mlp.down_proj"].gram is None) == (count == 1)
     (group,) = [group for group in groups_of(layer) if group.name == "mlp.down_proj"]
     (linear,) = group.linears
     changed = fake_quantize(linear.weight, GROUP, 3)
-    found = loss_of(layer, group, samples, inputs, statistics)([changed])
+    found = loss_of(layer, group, samples, inputs, known)([changed])
     rows = torch.cat([one["mlp.down_proj"].flatten(0, 1) for one in inputs])
     exact = (rows @ (changed - linear.weight).t()).square().mean().item()
     assert found == pytest.approx(exact, rel=1e-4)
-    best = find_scales(
-        group, statistics[group.name], loss_of(layer, group, samples, inputs, statistics), GROUP, 3, True
-    )
+    best = find_scales(group, known[group.name], loss_of(layer, group, samples, inputs, known), GROUP, 3, True)
     assert best.plain_loss == pytest.approx(exact, rel=1e-4) and best.loss <= best.plain_loss
+
+
+@torch.no_grad()
+def test_what_judges_an_mlp_is_spread_over_all_samples(monkeypatch):
+    monkeypatch.setattr(statistics, "JUDGED_TOKENS", 40)
+    layer, samples = decoder_layer(lengths=(60, 60, 80))
+    watched = {name: layer.get_submodule(name) for name in dict.fromkeys(LINEARS.values())}
+    known, inputs = observe(layer, samples, watched, GROUP)
+    assert ["self_attn.q_proj" in one for one in inputs] == [True, False, False]
+    assert [one["mlp.gate_proj"].shape[1] for one in inputs] == [12, 12, 16]
+    (group,) = [group for group in groups_of(layer) if group.name == "mlp.gate_proj"]
+    rows = torch.cat([one["mlp.gate_proj"][0] for one in inputs])
+    expected = layer.mlp(rows)
+    rounded = [fake_quantize(linear.weight, GROUP, 3) for linear in group.linears]
+    found = loss_of(layer, group, samples, inputs, known)(rounded)
+    for linear, weight in zip(group.linears, rounded):
+        linear.weight.data = weight
+    assert found == pytest.approx((layer.mlp(rows) - expected).square().mean().item(), rel=1e-4)
 
 
 @torch.no_grad()
@@ -345,11 +361,11 @@ def test_scales_are_those_of_autoawq(autoawq, duo):
     layer, samples = decoder_layer()
     samples = samples[:1]
     watched = {name: layer.get_submodule(name) for name in dict.fromkeys(LINEARS.values())}
-    statistics, inputs = observe(layer, samples, watched, GROUP)
+    known, inputs = observe(layer, samples, watched, GROUP)
     inspected = {"self_attn.q_proj": layer.self_attn, "mlp.gate_proj": layer.mlp}
     for group in groups_of(layer):
-        loss = loss_of(layer, group, samples, inputs, statistics)
-        own = find_scales(group, statistics[group.name], loss, GROUP, 4, duo)
+        loss = loss_of(layer, group, samples, inputs, known)
+        own = find_scales(group, known[group.name], loss, GROUP, 4, duo)
         module = inspected.get(group.name, group.linears[0])
         options = samples[0].options if module is layer.self_attn else {}
         x = inputs[0][group.name]
@@ -577,7 +593,7 @@ def test_embeddings_that_share_an_int8_head_are_its_rows(dtype):
 def test_chats_are_the_same_for_the_same_seed():
     one, two, other = (calibration_chats(None, 6, seed=seed) for seed in (0, 0, 1))
     assert repr_of(one) == repr_of(two) != repr_of(other)
-    assert sum(map(has_media, one)) == 3
+    assert sum(map(has_media, one)) == 4
 
 
 def test_conversations_are_a_source_and_told_from_each_other(source, tmp_path):
