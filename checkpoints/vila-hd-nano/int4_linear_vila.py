@@ -1,0 +1,1 @@
+../../int4_linear_vila.py
