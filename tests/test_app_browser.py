@@ -100,7 +100,9 @@ def ask(page, text, answers=1):
     page.locator("button.submit-button").click()
     page.locator(ANSWER).nth(answers - 1).wait_for()
     page.locator("button.submit-button").wait_for()  # takes the place of the stop button
-    return page.locator(ANSWER).nth(answers - 1).inner_text().strip()
+    answer = page.locator(ANSWER).nth(answers - 1).filter(has_not_text="Loading content")
+    answer.wait_for()
+    return answer.inner_text().strip()
 
 
 def test_an_uploaded_picture_is_asked_about(visit, nano):
